@@ -1,0 +1,59 @@
+"""Where a checkpoint's files are: the embedded model, a local directory, or the Hub's cache. No torch here."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+from cluster.errors import CheckpointError
+
+EMBEDDED = {"demo": "model", "demo-draft": "draft"}
+_WEIGHTS = ("*.safetensors", "*.json", "*.jinja", "tokenizer.model")
+_TEXT_ONLY = ("*.json", "*.jinja", "tokenizer.model")
+
+
+def resolve_checkpoint(path: str, *, weights: bool = True) -> Path:
+    """The local directory of ``path``: an embedded model's name, a directory, or a Hub id (downloaded when missing).
+
+    Args:
+        weights: also fetch the safetensors files; False is enough for a tokenizer.
+
+    Raises:
+        CheckpointError: nothing is there, or the Hub cannot be reached and its cache lacks the model.
+    """
+    if path in EMBEDDED:
+        directory = Path(__file__).parent / "demo" / EMBEDDED[path]
+        if not (directory / "config.json").is_file():
+            raise CheckpointError(f"the embedded model {path!r} is not installed: {directory} has no config.json")
+        return directory
+    local = Path(path).expanduser()
+    if local.is_dir():
+        if not (local / "config.json").is_file():
+            raise CheckpointError(f"{local} is no Hugging Face checkpoint: it has no config.json")
+        return local.resolve()
+    if local.exists():
+        raise CheckpointError(f"{local} is a file; give the directory that holds config.json and *.safetensors")
+    if path.startswith((".", "/", "~")) or path.count("/") != 1:
+        raise CheckpointError(
+            f"there is no directory {path!r}; give a directory with config.json and *.safetensors, a Hub id such as "
+            f"'organisation/model', or one of {', '.join(sorted(EMBEDDED))}"
+        )
+    return _download(path, _WEIGHTS if weights else _TEXT_ONLY)
+
+
+def _download(repo_id: str, patterns: tuple[str, ...]) -> Path:
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError, RepositoryNotFoundError
+
+    try:
+        return Path(snapshot_download(repo_id, allow_patterns=list(patterns)))
+    except RepositoryNotFoundError as error:
+        raise CheckpointError(
+            f"the Hub has no model {repo_id!r}, or it is private: check the name, or set HF_TOKEN"
+        ) from error
+    except (LocalEntryNotFoundError, HfHubHTTPError, OSError) as error:
+        cache = os.environ.get("HF_HUB_CACHE") or os.environ.get("HF_HOME") or "~/.cache/huggingface"
+        raise CheckpointError(
+            f"{repo_id!r} is neither a local directory nor in the cache ({cache}), and the Hub cannot be reached: "
+            f"missing config.json, tokenizer.json and *.safetensors. Connect to the network, or give a local directory"
+        ) from error

@@ -1,0 +1,20 @@
+"""Limits of the scheduler."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True, kw_only=True)
+class SchedulerConfig:
+    """How much runs at once.
+
+    Attributes:
+        max_num_seqs: sequences in the running batch.
+        max_num_batched_tokens: tokens computed in one step; long prompts are cut into chunks of at most this.
+        max_num_waiting: sequences that may wait in the engine; more are refused.
+    """
+
+    max_num_seqs: int = 64
+    max_num_batched_tokens: int = 1024
+    max_num_waiting: int = 4096

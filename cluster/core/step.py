@@ -1,0 +1,75 @@
+"""One engine step as data: what the engine tells a worker, and what comes back.
+
+Plain, frozen and serialisable, because it crosses a socket when a replica has several shards. A sequence travels whole
+once (``NewSequence``); after that only what changed travels (``ScheduledSequence``).
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from cluster.core.request import SamplingParams
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class NewSequence:
+    """A sequence the worker does not hold: new, or back after a preemption.
+
+    Attributes:
+        sequence_id: as in ScheduledSequence.
+        token_ids: every token known so far, prompt first.
+        num_prompt_tokens: how many of them are the prompt; penalties and positions tell prompt from completion.
+        sampling: as asked; ``seed`` is set.
+        candidate_index: part of the random key (seed, candidate_index, position).
+        stop_token_ids: end-of-text ids (unless ignored) and the request's own; masked before ``min_tokens``.
+    """
+
+    sequence_id: int
+    token_ids: list[int]
+    num_prompt_tokens: int
+    sampling: SamplingParams
+    candidate_index: int
+    stop_token_ids: tuple[int, ...]
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class ScheduledSequence:
+    """A sequence's share of one step: compute ``num_new_tokens`` tokens after the first ``num_computed_tokens``.
+
+    Attributes:
+        new_block_ids: KV blocks appended to its block table by this step. A NewSequence starts from an empty table.
+        samples: whether the last computed position yields a token (false inside a chunked prompt).
+    """
+
+    sequence_id: int
+    num_computed_tokens: int
+    num_new_tokens: int
+    new_block_ids: tuple[int, ...]
+    samples: bool
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class StepInput:
+    """Work for one forward pass. ``dropped`` names sequences whose state the worker forgets *before* this step."""
+
+    step_id: int
+    new: tuple[NewSequence, ...]
+    scheduled: tuple[ScheduledSequence, ...]
+    dropped: tuple[int, ...]
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class SampledToken:
+    """A token drawn at a position, with log probabilities (natural, of the raw model distribution) if asked for."""
+
+    token_id: int
+    logprob: float | None = None
+    top_logprobs: tuple[tuple[int, float], ...] = ()
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class StepOutput:
+    """Result of the StepInput with the same ``step_id``: one token per sequence that sampled."""
+
+    step_id: int
+    sampled: dict[int, SampledToken]

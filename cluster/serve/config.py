@@ -1,0 +1,72 @@
+"""What is served, and on which Ray."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Literal
+
+from cluster.engine.config import EngineConfig
+from cluster.worker.config import WorkerConfig
+
+
+@dataclass(frozen=True, kw_only=True)
+class ModelConfig:
+    """One model and its replicas.
+
+    Attributes:
+        name: what clients call it; unset: the last part of its path.
+        path: "demo" (the embedded model), a Hugging Face directory, or a Hub id.
+        replicas: how many engines serve it.
+        num_cpus: Ray CPUs that each replica reserves; unset: 1 on a GPU, a share of the machine on CPU.
+        num_gpus: GPUs that each replica reserves; unset: 1 where the worker's device is CUDA, else 0.
+        worker: device, number format and memory.
+        engine: batch and queue limits.
+        startup_timeout_s: a replica that is not ready by then stops start-up.
+        drain_timeout_s: how long running sequences may take to finish when a replica stops.
+    """
+
+    path: str
+    name: str = ""
+    replicas: int = 1
+    num_cpus: float | None = None
+    num_gpus: float | None = None
+    worker: WorkerConfig = field(default_factory=WorkerConfig)
+    engine: EngineConfig = field(default_factory=EngineConfig)
+    startup_timeout_s: float = 600.0
+    drain_timeout_s: float = 30.0
+
+
+@dataclass(frozen=True, kw_only=True)
+class RayConfig:
+    """Which Ray to run on.
+
+    Attributes:
+        address: "local" starts one on this machine and ends it with us; "auto" joins the one that runs here; or its address.
+        num_cpus: CPUs of a local Ray; unset: all cores.
+        num_gpus: GPUs of a local Ray; unset: those found.
+        object_store_bytes: shared memory of a local Ray; we send nothing large through it.
+        dashboard: whether a local Ray runs its dashboard.
+        dashboard_host: address that the dashboard binds.
+        dashboard_port: 0 takes a free one.
+    """
+
+    address: str = "local"
+    num_cpus: float | None = None
+    num_gpus: float | None = None
+    object_store_bytes: int = 128 * 2**20
+    dashboard: bool = True
+    dashboard_host: str = "127.0.0.1"
+    dashboard_port: int = 8265
+
+
+@dataclass(frozen=True, kw_only=True)
+class LoggingConfig:
+    """Structured logs on standard error. Prompts and completions are never in them.
+
+    Attributes:
+        level: least severity that is written.
+        format: "json" writes one object per line, "text" one readable line.
+    """
+
+    level: Literal["debug", "info", "warning", "error"] = "warning"
+    format: Literal["json", "text"] = "json"
