@@ -74,7 +74,4 @@ def train_tokenizer(texts: list[str], vocab_size: int = VOCAB_SIZE) -> Tokenizer
 def encode_documents(tokenizer: Tokenizer, texts: list[str]) -> list[np.ndarray]:
     """Each text as uint16 ids that start with ``END_OF_TEXT``, which serves as the beginning of a document too."""
     start = tokenizer.token_to_id(END_OF_TEXT)
-    return [
-        np.asarray([start, *encoding.ids], dtype=np.uint16)
-        for encoding in tokenizer.encode_batch(texts)
-    ]
+    return [np.asarray([start, *encoding.ids], dtype=np.uint16) for encoding in tokenizer.encode_batch(texts)]

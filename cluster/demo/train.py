@@ -28,8 +28,12 @@ CONTEXT = 1024
 LONG_FROM = 0.8  # share of the run after which windows grow from half the context to all of it
 MICRO_BATCH_TOKENS = {"cpu": 2048, "cuda": 65536}
 SHAPES = {
-    "main": dict(hidden_size=256, num_hidden_layers=6, num_attention_heads=4, num_key_value_heads=2, intermediate_size=768),
-    "draft": dict(hidden_size=128, num_hidden_layers=3, num_attention_heads=2, num_key_value_heads=1, intermediate_size=320),
+    "main": dict(
+        hidden_size=256, num_hidden_layers=6, num_attention_heads=4, num_key_value_heads=2, intermediate_size=768
+    ),
+    "draft": dict(
+        hidden_size=128, num_hidden_layers=3, num_attention_heads=2, num_key_value_heads=1, intermediate_size=320
+    ),
 }
 
 
@@ -99,7 +103,10 @@ def train(args: argparse.Namespace) -> dict[str, object]:
     held_out_bytes = sum(len(text.encode()) for text in corpus.held_out)
     train_bytes = sum(len(text.encode()) for text in corpus.train)
     num_train_tokens = sum(map(len, documents))
-    print(f"train {train_bytes / 1e6:.1f} MB, {num_train_tokens / 1e6:.2f} M tokens; held out {held_out_bytes / 1e6:.2f} MB", flush=True)
+    print(
+        f"train {train_bytes / 1e6:.1f} MB, {num_train_tokens / 1e6:.2f} M tokens; held out {held_out_bytes / 1e6:.2f} MB",
+        flush=True,
+    )
 
     model = build_model(args.size).to(device)
     optimizers = build_optimizers(model, args.lr)
@@ -144,7 +151,10 @@ def train(args: argparse.Namespace) -> dict[str, object]:
         if (elapsed := time.monotonic() - start) - last_log > 20:
             last_log = elapsed
             bpb = smooth / math.log(2) * num_train_tokens / train_bytes
-            print(f"{elapsed:6.0f} s  step {step:6d}  {tokens / 1e6:7.2f} M tokens  {tokens / elapsed:6.0f} tok/s  loss {smooth:.3f}  ~{bpb:.3f} bits/byte", flush=True)
+            print(
+                f"{elapsed:6.0f} s  step {step:6d}  {tokens / 1e6:7.2f} M tokens  {tokens / elapsed:6.0f} tok/s  loss {smooth:.3f}  ~{bpb:.3f} bits/byte",
+                flush=True,
+            )
 
     model.eval().float()
     minutes = (time.monotonic() - start) / 60
@@ -188,6 +198,34 @@ def save(model: LlamaForCausalLM, tokenizer: Tokenizer, result: dict[str, object
         + "\n"
     )
     (out / "training.json").write_text(json.dumps(result, indent=2) + "\n")
+    (out / "README.md").write_text(model_card(result))
+
+
+def model_card(result: dict[str, object]) -> str:
+    """The card as Markdown; every figure comes from the run itself."""
+    config = SHAPES[str(result["size"])]
+    return f"""---
+license: psf-2.0
+library_name: transformers
+pipeline_tag: text-generation
+---
+# Demo model ({result["size"]})
+
+A Llama-architecture decoder that completes Python, trained from nothing but the standard library of Python
+{result["python"]}. It is here so that a cluster has something true to serve without a download; it knows the look of
+Python and no facts.
+
+| | |
+| --- | --- |
+| parameters | {result["parameters"]:,} (hidden {config["hidden_size"]}, {config["num_hidden_layers"]} layers, {config["num_attention_heads"]} heads, {config["num_key_value_heads"]} KV heads, tied embeddings) |
+| tokenizer | byte-level BPE, {VOCAB_SIZE} entries, trained on the training split |
+| data | {result["train_bytes"] / 1e6:.1f} MB of `.py` files; held out: {result["held_out_bytes"] / 1e6:.2f} MB, the files whose relative path's sha256 falls in the lowest 5 %; exact duplicates removed |
+| training | {result["steps"]:,} steps, {result["train_tokens_seen"] / 1e6:.1f} M tokens ({result["epochs"]} epochs), {result["minutes"]} minutes on {result["threads"]} {result["device"]} threads; Muon for matrices, AdamW for the rest |
+| context | {CONTEXT} tokens |
+| held-out bits per byte (bf16 weights) | **{result["held_out_bits_per_byte"]}** |
+
+Made by `python -m cluster.demo.train --size {result["size"]}`. The sources are under the PSF licence.
+"""
 
 
 def parse_args() -> argparse.Namespace:
