@@ -138,7 +138,9 @@ def _subclasses(cls: type[ClusterError]) -> list[type[ClusterError]]:
     return [cls, *(leaf for child in cls.__subclasses__() for leaf in _subclasses(child))]
 
 
-def error_from_reason(reason: str, message: str, *, field: str = "", retry_after_s: float | None = None) -> ClusterError:
+def error_from_reason(
+    reason: str, message: str, *, field: str = "", retry_after_s: float | None = None
+) -> ClusterError:
     """The typed error for a ``reason`` that crossed a wire; an unknown reason becomes a plain ClusterError."""
     cls = {c.reason: c for c in _subclasses(ClusterError) if c is not ClusterError}.get(reason, ClusterError)
     return cls(message, field=field, retry_after_s=retry_after_s)

@@ -98,7 +98,9 @@ class SamplingParams:
         _check_count("stop", len(self.stop), MAX_STOP_STRINGS)
         for text in self.stop:
             if not isinstance(text, str) or not 0 < len(text) <= MAX_STOP_LENGTH:
-                raise InvalidRequest(f"each stop string must have 1 to {MAX_STOP_LENGTH} characters", field="sampling.stop")
+                raise InvalidRequest(
+                    f"each stop string must have 1 to {MAX_STOP_LENGTH} characters", field="sampling.stop"
+                )
         _check_count("stop_token_ids", len(self.stop_token_ids), MAX_STOP_TOKEN_IDS)
         _check_count("logit_bias", len(self.logit_bias), MAX_LOGIT_BIAS)
         for bias in self.logit_bias.values():

@@ -203,7 +203,20 @@ def save(model: LlamaForCausalLM, tokenizer: Tokenizer, result: dict[str, object
 
 def model_card(result: dict[str, object]) -> str:
     """The card as Markdown; every figure comes from the run itself."""
-    config = SHAPES[str(result["size"])]
+    shape = SHAPES[str(result["size"])]
+    parameters = (
+        f"{result['parameters']:,} (hidden {shape['hidden_size']}, {shape['num_hidden_layers']} layers, "
+        f"{shape['num_attention_heads']} heads, {shape['num_key_value_heads']} KV heads, tied embeddings)"
+    )
+    data = (
+        f"{result['train_bytes'] / 1e6:.1f} MB of `.py` files; held out: {result['held_out_bytes'] / 1e6:.2f} MB, the "
+        "files whose relative path's sha256 falls in the lowest 5 %; exact duplicates removed"
+    )
+    training = (
+        f"{result['steps']:,} steps, {result['train_tokens_seen'] / 1e6:.1f} M tokens ({result['epochs']} epochs), "
+        f"{result['minutes']} minutes on {result['threads']} {result['device']} threads; Muon for the matrices, AdamW "
+        "for the rest"
+    )
     return f"""---
 license: psf-2.0
 library_name: transformers
@@ -217,10 +230,10 @@ Python and no facts.
 
 | | |
 | --- | --- |
-| parameters | {result["parameters"]:,} (hidden {config["hidden_size"]}, {config["num_hidden_layers"]} layers, {config["num_attention_heads"]} heads, {config["num_key_value_heads"]} KV heads, tied embeddings) |
+| parameters | {parameters} |
 | tokenizer | byte-level BPE, {VOCAB_SIZE} entries, trained on the training split |
-| data | {result["train_bytes"] / 1e6:.1f} MB of `.py` files; held out: {result["held_out_bytes"] / 1e6:.2f} MB, the files whose relative path's sha256 falls in the lowest 5 %; exact duplicates removed |
-| training | {result["steps"]:,} steps, {result["train_tokens_seen"] / 1e6:.1f} M tokens ({result["epochs"]} epochs), {result["minutes"]} minutes on {result["threads"]} {result["device"]} threads; Muon for matrices, AdamW for the rest |
+| data | {data} |
+| training | {training} |
 | context | {CONTEXT} tokens |
 | held-out bits per byte (bf16 weights) | **{result["held_out_bits_per_byte"]}** |
 
