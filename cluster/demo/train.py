@@ -27,13 +27,21 @@ from cluster.demo.corpus import END_OF_TEXT, VOCAB_SIZE, encode_documents, read_
 CONTEXT = 1024
 LONG_FROM = 0.8  # share of the run after which windows grow from half the context to all of it
 MICRO_BATCH_TOKENS = {"cpu": 2048, "cuda": 65536}
-SHAPES = {
-    "main": dict(
-        hidden_size=256, num_hidden_layers=6, num_attention_heads=4, num_key_value_heads=2, intermediate_size=768
-    ),
-    "draft": dict(
-        hidden_size=128, num_hidden_layers=3, num_attention_heads=2, num_key_value_heads=1, intermediate_size=320
-    ),
+SHAPES: dict[str, dict[str, int]] = {
+    "main": {
+        "hidden_size": 256,
+        "num_hidden_layers": 6,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "intermediate_size": 768,
+    },
+    "draft": {
+        "hidden_size": 128,
+        "num_hidden_layers": 3,
+        "num_attention_heads": 2,
+        "num_key_value_heads": 1,
+        "intermediate_size": 320,
+    },
 }
 
 
@@ -104,7 +112,8 @@ def train(args: argparse.Namespace) -> dict[str, object]:
     train_bytes = sum(len(text.encode()) for text in corpus.train)
     num_train_tokens = sum(map(len, documents))
     print(
-        f"train {train_bytes / 1e6:.1f} MB, {num_train_tokens / 1e6:.2f} M tokens; held out {held_out_bytes / 1e6:.2f} MB",
+        f"train {train_bytes / 1e6:.1f} MB, {num_train_tokens / 1e6:.2f} M tokens; "
+        f"held out {held_out_bytes / 1e6:.2f} MB",
         flush=True,
     )
 
@@ -152,7 +161,8 @@ def train(args: argparse.Namespace) -> dict[str, object]:
             last_log = elapsed
             bpb = smooth / math.log(2) * num_train_tokens / train_bytes
             print(
-                f"{elapsed:6.0f} s  step {step:6d}  {tokens / 1e6:7.2f} M tokens  {tokens / elapsed:6.0f} tok/s  loss {smooth:.3f}  ~{bpb:.3f} bits/byte",
+                f"{elapsed:6.0f} s  step {step:6d}  {tokens / 1e6:7.2f} M tokens  {tokens / elapsed:6.0f} tok/s  "
+                f"loss {smooth:.3f}  ~{bpb:.3f} bits/byte",
                 flush=True,
             )
 
