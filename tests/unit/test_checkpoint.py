@@ -35,7 +35,7 @@ def test_the_hub_out_of_reach(monkeypatch, tmp_path):
 
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
     monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path))
-    with pytest.raises(CheckpointError, match="cannot be reached: missing config.json"):
+    with pytest.raises(CheckpointError, match=r"cannot be reached: missing config\.json"):
         resolve_checkpoint("nobody/no-such-model")
 
 
