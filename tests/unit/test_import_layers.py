@@ -1,4 +1,4 @@
-"""Who may import whom. The linter's contracts see the import graph; the rest looks at sources and at live interpreters."""
+"""Who may import whom: the linter's contracts over the import graph, then sources and live interpreters."""
 
 import ast
 import subprocess
@@ -8,6 +8,9 @@ from pathlib import Path
 import pytest
 
 REPO = Path(__file__).resolve().parents[2]
+
+# Clocks, input and output, and whatever waits: in core, time is an argument and effects are returned.
+EFFECTS = ("asyncio", "io", "os", "pathlib", "queue", "select", "socket", "subprocess", "threading", "time")
 
 IMPORT_ALL = """
 import importlib, pkgutil, sys
@@ -88,6 +91,11 @@ def test_core_imports_the_standard_library_and_errors_alone():
     assert {path: found for path, names in imports_in("cluster/core").items() if (found := outside_core(names))} == {}
 
 
+def test_core_has_no_clock_and_no_input_or_output():
+    imports = imports_in("cluster/core")
+    assert [path for path, names in imports.items() if any(under(name, *EFFECTS) for name in names)] == []
+
+
 @pytest.mark.parametrize(
     ("source", "found"),
     [
@@ -112,12 +120,8 @@ def test_only_serve_imports_ray():
     "part", ["core", "engine", "gateway", "text", "client", "cli", "serve", "observability", "distributed"]
 )
 def test_kernels_are_reached_through_models_alone(part):
-    importers = [
-        path
-        for path, names in imports_in(f"cluster/{part}").items()
-        if any(under(name, "cluster.kernels") for name in names)
-    ]
-    assert importers == []
+    imports = imports_in(f"cluster/{part}")
+    assert [path for path, names in imports.items() if any(under(name, "cluster.kernels") for name in names)] == []
 
 
 @pytest.mark.parametrize("root", ["cluster.gateway", "cluster.client", "cluster.text"])
@@ -126,9 +130,8 @@ def test_the_clients_side_loads_no_torch_ray_or_transformers(root):
 
 
 def test_importing_the_package_loads_nothing_heavy():
-    program = (
-        "import sys, cluster; print(*(name for name in ('torch', 'ray', 'grpc', 'pydantic') if name in sys.modules))"
-    )
+    heavy = ("torch", "ray", "grpc", "pydantic")
+    program = f"import sys, cluster; print(*(name for name in {heavy} if name in sys.modules))"
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
     assert done.stdout.split() == []
 
