@@ -1,0 +1,243 @@
+"""Tokens in, tokens out: the scheduler's plans, run by an executor."""
+
+from __future__ import annotations
+
+import random
+import time
+from collections import deque
+from collections.abc import Callable
+from dataclasses import replace
+
+from cluster.core.block_manager import BlockManager
+from cluster.core.request import FinishReason, Request
+from cluster.core.scheduler import Schedule, Scheduler
+from cluster.core.step import SampledToken, StepInput, StepOutput
+from cluster.engine.config import EngineConfig
+from cluster.engine.executor import Executor, ModelInfo
+from cluster.engine.sequence import Sequence
+from cluster.engine.submission import Delta, EngineLoad, Failure, StepEvents, Submission
+from cluster.errors import ClusterError, DeadlineExceeded, EngineFault, InvalidRequest, Overloaded
+
+
+class Engine:
+    """One replica's step loop, driven by its caller.
+
+    Not thread-safe: one thread calls everything. A caller without work to do must not call ``step``.
+
+    Args:
+        executor: runs the model; the engine owns it from here on.
+        config: limits.
+        clock: monotonic seconds; deadlines are on it.
+    """
+
+    def __init__(self, executor: Executor, config: EngineConfig, clock: Callable[[], float] = time.monotonic) -> None:
+        self._executor = executor
+        self._config = config
+        self._clock = clock
+        self._blocks = BlockManager(executor.model.num_blocks, executor.model.block_size)
+        self._scheduler = Scheduler(config.scheduler, self._blocks)
+        self._sequences: dict[int, Sequence] = {}
+        self._candidates: dict[int, dict[int, int]] = {}  # submission id -> candidate index -> sequence id
+        self._in_flight: deque[Schedule] = deque()
+        self._num_sequences = 0
+        self._num_steps = 0
+        self._seeds = random.SystemRandom()
+        self._fault: EngineFault | None = None
+
+    @property
+    def model(self) -> ModelInfo:
+        return self._executor.model
+
+    @property
+    def max_model_len(self) -> int:
+        """What one sequence may grow to: the model's context, or the whole KV pool where that is smaller."""
+        return min(self.model.max_model_len, self.model.kv_capacity_tokens)
+
+    @property
+    def has_work(self) -> bool:
+        return self._scheduler.has_work or bool(self._in_flight)
+
+    @property
+    def fault(self) -> EngineFault | None:
+        """Why the engine is dead, or None while it lives."""
+        return self._fault
+
+    def load(self) -> EngineLoad:
+        return EngineLoad(
+            running=self._scheduler.num_running,
+            waiting=self._scheduler.num_waiting,
+            free_blocks=self._blocks.num_free_blocks,
+            num_blocks=self._blocks.num_blocks,
+            queued_tokens=self._scheduler.num_queued_tokens,
+            num_preemptions=self._scheduler.num_preemptions,
+        )
+
+    def add(self, submission: Submission) -> None:
+        """Queues a submission, whole or not at all.
+
+        Raises:
+            InvalidRequest: it can never run here; the error names the field.
+            Overloaded: too many sequences wait already.
+            EngineFault: the engine is dead.
+        """
+        if self._fault is not None:
+            raise self._fault
+        self._validate(submission)
+        sampling = submission.sampling
+        room = self.max_model_len - len(submission.prompt_token_ids)
+        max_tokens = min(sampling.max_tokens or room, room)
+        seed = self._seeds.getrandbits(64) if sampling.seed is None else sampling.seed
+        sampling = replace(sampling, seed=seed, max_tokens=max_tokens, min_tokens=min(sampling.min_tokens, max_tokens))
+        eos_token_ids = () if sampling.ignore_eos else self.model.eos_token_ids
+        now = self._clock()
+        candidates = self._candidates[submission.submission_id] = {}
+        for candidate_index in range(sampling.n):
+            sequence = Sequence(
+                sequence_id=self._num_sequences,
+                submission_id=submission.submission_id,
+                candidate_index=candidate_index,
+                prompt_token_ids=list(submission.prompt_token_ids),
+                sampling=sampling,
+                stop_token_ids=(*eos_token_ids, *sampling.stop_token_ids),
+            )
+            self._num_sequences += 1
+            self._scheduler.add(
+                Request(
+                    request_id=sequence.sequence_id,
+                    num_prompt_tokens=sequence.num_prompt_tokens,
+                    max_tokens=max_tokens,
+                    priority=submission.priority,
+                    arrival=now,
+                    deadline=submission.deadline,
+                )
+            )
+            self._sequences[sequence.sequence_id] = sequence
+            candidates[candidate_index] = sequence.sequence_id
+
+    def _validate(self, submission: Submission) -> None:
+        prompt, model = submission.prompt_token_ids, self.model
+        if submission.submission_id in self._candidates:
+            raise InvalidRequest(f"submission {submission.submission_id} is already live", field="id")
+        if not prompt:
+            raise InvalidRequest("the prompt has no tokens", field="prompt")
+        if min(prompt) < 0 or max(prompt) >= model.vocab_size:
+            raise InvalidRequest(
+                f"the prompt holds a token id outside the vocabulary of {model.vocab_size}", field="token_ids"
+            )
+        if len(prompt) >= model.max_model_len:
+            raise InvalidRequest(
+                f"the prompt has {len(prompt)} tokens; the model's context holds {model.max_model_len}, one of which "
+                "must be left for the completion",
+                field="prompt",
+            )
+        if len(prompt) >= model.kv_capacity_tokens:
+            raise InvalidRequest(
+                f"the prompt has {len(prompt)} tokens; the whole KV pool holds {model.kv_capacity_tokens}",
+                field="prompt",
+            )
+        submission.sampling.check_vocabulary(model.vocab_size)
+        limit = self._config.scheduler.max_num_waiting
+        if self._scheduler.num_waiting + submission.sampling.n > limit:
+            raise Overloaded(f"{self._scheduler.num_waiting} sequences wait in this engine; the limit is {limit}")
+
+    def cancel(self, submission_id: int, candidate_index: int | None = None) -> None:
+        """Ends a submission, or one candidate of it, at once; no event follows. What has ended is ignored."""
+        candidates = self._candidates.get(submission_id, {})
+        for index in [candidate_index] if candidate_index is not None else list(candidates):
+            if index in candidates:
+                self._scheduler.cancel(candidates[index])
+                self._forget(candidates[index])
+
+    def step(self) -> StepEvents:
+        """Hands over as many steps as the executor takes, waits for the oldest, and returns what it yielded.
+
+        An executor that fails ends every live submission with its EngineFault; the engine is dead then.
+        """
+        events = StepEvents()
+        try:
+            while len(self._in_flight) < self._executor.max_in_flight:
+                schedule = self._scheduler.schedule(self._clock())
+                self._fail_expired(schedule, events)
+                if not schedule.scheduled:
+                    break
+                self._executor.submit(self._step_input(schedule))
+                self._in_flight.append(schedule)
+            if self._in_flight:
+                self._process(self._in_flight.popleft(), self._executor.collect(), events)
+        except EngineFault as fault:
+            self._die(fault, events)
+        return events
+
+    def shutdown(self) -> None:
+        """Releases the model. Live submissions end without an event."""
+        self._executor.shutdown()
+
+    def check_integrity(self) -> None:
+        """Raises RuntimeError where blocks or sequences are lost or doubled."""
+        self._scheduler.check_integrity()
+        listed = {sequence_id for candidates in self._candidates.values() for sequence_id in candidates.values()}
+        if listed != set(self._sequences):
+            raise RuntimeError("sequences and submissions do not match")
+
+    def _step_input(self, schedule: Schedule) -> StepInput:
+        step_id, self._num_steps = self._num_steps, self._num_steps + 1
+        return StepInput(
+            step_id=step_id,
+            new=tuple(self._sequences[sequence_id].whole() for sequence_id in schedule.started),
+            scheduled=schedule.scheduled,
+            dropped=schedule.dropped,
+        )
+
+    def _process(self, schedule: Schedule, output: StepOutput, events: StepEvents) -> None:
+        stopped: set[int] = set()
+        sampled: list[tuple[Sequence, SampledToken]] = []
+        for sequence_id, token in output.sampled.items():
+            sequence = self._sequences.get(sequence_id)
+            if sequence is None:
+                continue  # ended while its step was under way
+            if sequence.append(token.token_id):
+                stopped.add(sequence_id)
+            sampled.append((sequence, token))
+        finished: dict[int, FinishReason] = dict(self._scheduler.update(schedule, stopped))
+        for sequence, token in sampled:
+            events.deltas.append(
+                Delta(
+                    submission_id=sequence.submission_id,
+                    candidate_index=sequence.candidate_index,
+                    token_ids=[token.token_id],
+                    logprobs=[] if sequence.sampling.logprobs is None else [token],
+                    finish_reason=finished.get(sequence.sequence_id),
+                    cached_tokens=0,
+                )
+            )
+        for sequence_id in finished:
+            self._forget(sequence_id)
+
+    def _fail_expired(self, schedule: Schedule, events: StepEvents) -> None:
+        for sequence_id in schedule.expired:
+            sequence = self._sequences.get(sequence_id)
+            if sequence is not None:  # else a sibling's expiry has ended the submission already
+                self.cancel(sequence.submission_id)
+                events.failures.append(
+                    Failure(
+                        submission_id=sequence.submission_id,
+                        error=DeadlineExceeded("the deadline passed before the last token"),
+                    )
+                )
+                self._forget(sequence_id)
+
+    def _die(self, fault: EngineFault, events: StepEvents) -> None:
+        self._fault = fault
+        self._in_flight.clear()
+        for submission_id in list(self._candidates):
+            self.cancel(submission_id)
+            error: ClusterError = fault
+            events.failures.append(Failure(submission_id=submission_id, error=error))
+
+    def _forget(self, sequence_id: int) -> None:
+        sequence = self._sequences.pop(sequence_id, None)
+        if sequence is not None:
+            candidates = self._candidates[sequence.submission_id]
+            del candidates[sequence.candidate_index]
+            if not candidates:
+                del self._candidates[sequence.submission_id]

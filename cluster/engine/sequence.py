@@ -1,0 +1,60 @@
+"""One candidate's tokens."""
+
+from __future__ import annotations
+
+from cluster.core.request import SamplingParams
+from cluster.core.step import NewSequence
+
+
+class Sequence:
+    """Prompt and completion of one candidate, as the engine follows it.
+
+    Attributes:
+        token_ids: prompt first; grows by one with every sample.
+        stop_token_ids: ids that end it: end of text unless ignored, and the request's own.
+    """
+
+    __slots__ = (
+        "candidate_index",
+        "num_prompt_tokens",
+        "sampling",
+        "sequence_id",
+        "stop_token_ids",
+        "submission_id",
+        "token_ids",
+    )
+
+    def __init__(
+        self,
+        *,
+        sequence_id: int,
+        submission_id: int,
+        candidate_index: int,
+        prompt_token_ids: list[int],
+        sampling: SamplingParams,
+        stop_token_ids: tuple[int, ...],
+    ) -> None:
+        self.sequence_id = sequence_id
+        self.submission_id = submission_id
+        self.candidate_index = candidate_index
+        self.token_ids = list(prompt_token_ids)
+        self.num_prompt_tokens = len(prompt_token_ids)
+        self.sampling = sampling
+        self.stop_token_ids = stop_token_ids
+
+    def append(self, token_id: int) -> bool:
+        """Adds a sampled token; whether it ends the text."""
+        self.token_ids.append(token_id)
+        num_output_tokens = len(self.token_ids) - self.num_prompt_tokens
+        return token_id in self.stop_token_ids and num_output_tokens > self.sampling.min_tokens
+
+    def whole(self) -> NewSequence:
+        """All of it, for a worker that does not hold it."""
+        return NewSequence(
+            sequence_id=self.sequence_id,
+            token_ids=list(self.token_ids),
+            num_prompt_tokens=self.num_prompt_tokens,
+            sampling=self.sampling,
+            candidate_index=self.candidate_index,
+            stop_token_ids=self.stop_token_ids,
+        )

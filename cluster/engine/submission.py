@@ -1,0 +1,76 @@
+"""What goes into an engine and what comes out."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+from cluster.core.request import FinishReason, Priority, SamplingParams
+from cluster.core.step import SampledToken
+from cluster.errors import ClusterError
+
+
+@dataclass(frozen=True, kw_only=True)
+class Submission:
+    """A request for ``sampling.n`` candidates.
+
+    Attributes:
+        submission_id: the caller's; unique among live submissions.
+        prompt_token_ids: at least one.
+        sampling: an unset seed is drawn by the engine; ``max_tokens`` is cut to what the context holds.
+        priority: class.
+        deadline: on the engine's clock, in seconds; None: none.
+    """
+
+    submission_id: int
+    prompt_token_ids: Sequence[int]
+    sampling: SamplingParams
+    priority: Priority = Priority.P1
+    deadline: float | None = None
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Delta:
+    """What one step added to one candidate; ``finish_reason`` is set on its last."""
+
+    submission_id: int
+    candidate_index: int
+    token_ids: list[int]
+    logprobs: list[SampledToken]
+    finish_reason: FinishReason | None
+    cached_tokens: int
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Failure:
+    """The end of a whole submission without a result."""
+
+    submission_id: int
+    error: ClusterError
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class StepEvents:
+    """What a step yielded."""
+
+    deltas: list[Delta] = field(default_factory=list)
+    failures: list[Failure] = field(default_factory=list)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class EngineLoad:
+    """How busy an engine is.
+
+    Attributes:
+        running, waiting: sequences in the batch, and queued.
+        free_blocks, num_blocks: KV blocks.
+        queued_tokens: tokens known but not yet computed.
+        num_preemptions: since the engine started.
+    """
+
+    running: int
+    waiting: int
+    free_blocks: int
+    num_blocks: int
+    queued_tokens: int
+    num_preemptions: int
