@@ -1,0 +1,36 @@
+"""What the engine may know of a model: numbers and names, never weights."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True, kw_only=True)
+class ModelInfo:
+    """What a loaded model turned out to be.
+
+    Attributes:
+        architecture: as in the checkpoint's ``config.json``.
+        max_model_len: prompt and completion together, in tokens.
+        vocab_size: valid token ids are below this.
+        eos_token_ids: ids that end a text.
+        dtype: of weights and activations, e.g. ``"float32"``.
+        device: e.g. ``"cpu"``, ``"cuda:0"``.
+        num_blocks: KV blocks in the pool.
+        block_size: tokens per block.
+        backend: the model back end and kernels in use, in words.
+    """
+
+    architecture: str
+    max_model_len: int
+    vocab_size: int
+    eos_token_ids: tuple[int, ...]
+    dtype: str
+    device: str
+    num_blocks: int
+    block_size: int
+    backend: str
+
+    @property
+    def kv_capacity_tokens(self) -> int:
+        return self.num_blocks * self.block_size
