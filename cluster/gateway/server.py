@@ -1,0 +1,188 @@
+"""The gateway: gRPC in front, replicas behind. No ray, no torch; whoever runs it tells it where the replicas are."""
+
+from __future__ import annotations
+
+import asyncio
+import ipaddress
+import logging
+import secrets
+from collections.abc import Sequence
+
+import grpc
+from grpc_health.v1 import health, health_pb2, health_pb2_grpc
+from grpc_reflection.v1alpha import reflection
+
+from cluster.errors import ConfigError
+from cluster.gateway.balancer import Balancer
+from cluster.gateway.catalog import Catalog, CatalogEntry, ServedModel
+from cluster.gateway.config import GatewayConfig
+from cluster.gateway.generation_table import GenerationTable
+from cluster.gateway.interceptors import StatusInterceptor
+from cluster.gateway.replica_link import ReplicaAddress
+from cluster.gateway.servicer import InferenceServicer
+from cluster.observability.metrics import MetricSink, NullSink
+from cluster.text.tokenizer import Tokenizer
+from cluster.v1 import inference_pb2, inference_pb2_grpc
+
+SERVICE = inference_pb2.DESCRIPTOR.services_by_name["InferenceService"].full_name
+
+logger = logging.getLogger(__name__)
+
+
+class Gateway:
+    """Serves InferenceService, health and reflection.
+
+    Health, under the service's name and under "": SERVING while every model has a ready replica, so whoever is sent
+    here can use all that is listed here; NOT_SERVING otherwise, and for good once draining.
+
+    Args:
+        models: what is served; tokenizers are loaded by ``start``.
+        secret: what replicas ask for.
+        gateway_id: this gateway's name towards replicas; drawn if None.
+    """
+
+    def __init__(
+        self,
+        config: GatewayConfig,
+        models: Sequence[ServedModel],
+        *,
+        secret: str,
+        metrics: MetricSink | None = None,
+        gateway_id: str | None = None,
+    ) -> None:
+        metrics = metrics or NullSink()
+        self._config = config
+        self._models = models
+        self._secret = secret
+        self._metrics = metrics
+        self._gateway_id = gateway_id or f"gateway-{secrets.token_hex(4)}"
+        self._catalog = Catalog(())
+        self._table = GenerationTable(
+            max_open=config.max_concurrent_streams, max_unread_tokens=config.max_unread_tokens, metrics=metrics
+        )
+        self._health = health.aio.HealthServicer()
+        self._readiness_changed = asyncio.Event()
+        self._server: grpc.aio.Server | None = None
+        self._health_task: asyncio.Task[None] | None = None
+
+    async def start(self) -> int:
+        """Loads the tokenizers, binds and serves; the bound port.
+
+        Raises:
+            ConfigError: the address cannot be bound.
+            CheckpointError: a tokenizer cannot be loaded.
+        """
+        tokenizers = [await asyncio.to_thread(Tokenizer.from_checkpoint, model.checkpoint) for model in self._models]
+        server = self._make_server()
+        port = self._bind(server)
+        self._catalog = Catalog(
+            CatalogEntry(
+                model.name,
+                tokenizer,
+                Balancer(
+                    model.name,
+                    gateway_id=self._gateway_id,
+                    secret=self._secret,
+                    on_change=self._readiness_changed.set,
+                ),
+            )
+            for model, tokenizer in zip(self._models, tokenizers, strict=True)
+        )
+        servicer = InferenceServicer(self._config, self._catalog, self._table, self._metrics)
+        inference_pb2_grpc.add_InferenceServiceServicer_to_server(servicer, server)
+        health_pb2_grpc.add_HealthServicer_to_server(self._health, server)
+        if self._reflects:
+            reflection.enable_server_reflection((SERVICE, health.SERVICE_NAME, reflection.SERVICE_NAME), server)
+        await self._publish_health()
+        await server.start()
+        self._server = server
+        self._health_task = asyncio.create_task(self._follow_readiness(), name="gateway-health")
+        return port
+
+    def set_replicas(self, model: str, replicas: Sequence[ReplicaAddress]) -> None:
+        """The replicas of a model from now on: the whole list. Event loop only.
+
+        Those no longer named get no new work; what runs there may finish.
+
+        Raises:
+            ModelNotFound: no such model.
+        """
+        self._catalog.lookup(model).balancer.set_replicas(replicas)
+
+    @property
+    def num_generations(self) -> int:
+        """How many are open."""
+        return len(self._table)
+
+    async def drain(self, timeout_s: float) -> bool:
+        """Takes no new generations and waits for the running ones; False where some still ran after ``timeout_s``."""
+        self._table.draining = True
+        await self._health.enter_graceful_shutdown()
+        try:
+            await asyncio.wait_for(self._table.wait_empty(), timeout_s)
+        except TimeoutError:
+            return False
+        return True
+
+    async def stop(self) -> None:
+        """Ends everything at once: open calls, replica streams, the port."""
+        self._table.draining = True
+        if self._health_task is not None:
+            self._health_task.cancel()
+            await asyncio.wait([self._health_task])
+        if self._server is not None:
+            await self._server.stop(grace=None)
+        await asyncio.gather(*(entry.balancer.close() for entry in self._catalog))
+
+    # -- parts of start -----------------------------------------------------------------------------------------------
+
+    def _make_server(self) -> grpc.aio.Server:
+        return grpc.aio.server(
+            interceptors=(StatusInterceptor(SERVICE),),
+            options=(
+                # Two gateways on one port would share it in silence.
+                ("grpc.so_reuseport", 0),
+                ("grpc.max_receive_message_length", self._config.max_message_bytes),
+                ("grpc.max_send_message_length", -1),
+                ("grpc.keepalive_time_ms", 30_000),
+                ("grpc.keepalive_timeout_ms", 10_000),
+                ("grpc.http2.min_recv_ping_interval_without_data_ms", 5_000),
+            ),
+        )
+
+    def _bind(self, server: grpc.aio.Server) -> int:
+        host, port = self._config.host, self._config.port
+        if not _is_loopback(host):
+            logger.warning("the gateway listens on %s without TLS: anyone who reaches it can use it", host)
+        try:
+            return server.add_insecure_port(f"[{host}]:{port}" if ":" in host else f"{host}:{port}")
+        except RuntimeError:
+            raise ConfigError(
+                f"cannot listen on {host}:{port}: the port is taken, or the address is not this machine's. Stop what "
+                f"listens there, or set gateway.port to another one (0 takes a free one)",
+                field="gateway.port",
+            ) from None
+
+    @property
+    def _reflects(self) -> bool:
+        return _is_loopback(self._config.host) if self._config.reflection is None else self._config.reflection
+
+    # -- health -------------------------------------------------------------------------------------------------------
+
+    async def _follow_readiness(self) -> None:
+        while True:
+            await self._readiness_changed.wait()
+            self._readiness_changed.clear()
+            await self._publish_health()
+
+    async def _publish_health(self) -> None:
+        status = health_pb2.HealthCheckResponse
+        for service in ("", SERVICE):
+            await self._health.set(service, status.SERVING if self._catalog.ready else status.NOT_SERVING)
+
+
+def _is_loopback(host: str) -> bool:
+    try:
+        return ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        return host == "localhost"
