@@ -28,6 +28,7 @@ else
   exit 1
 fi
 echo "setup: installing the other dependencies"
-$pip install setuptools wheel
+# Without build isolation, which would fetch them again; venv of Python 3.11 seeds a setuptools that is too old.
+$pip install "setuptools>=77" wheel
 $pip install --no-build-isolation -e ".[dev]"
 echo "setup: done; try $venv/bin/cluster --help"
