@@ -250,3 +250,16 @@ def test_the_notes_tell_the_first_call(helm_template):
         raise
     assert "port-forward service/release-gateway 50051:50051" in notes
     assert "cluster generate" in notes and "get secret release-ray-token" in notes
+
+
+def test_the_application_builds_from_what_is_rendered(ray_service):
+    """As Serve does it: imports the builder, hands it the arguments, then looks up the deployments that are overridden."""
+    from ray._common.utils import import_attr
+    from ray.serve._private.api import call_user_app_builder_with_args_if_necessary
+    from ray.serve._private.build_app import build_app
+
+    (application,) = serve_config_of(ray_service)["applications"]
+    builder = import_attr(application["import_path"])
+    built = build_app(call_user_app_builder_with_args_if_necessary(builder, application["args"]), name="cluster")
+    overridden = {deployment["name"] for deployment in application["deployments"]}
+    assert overridden <= {deployment.name for deployment in built.deployments}
