@@ -1,0 +1,192 @@
+"""The whole model in this process: the executor of replicas with one shard, and of ``LLM``."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+
+from cluster import kernels
+from cluster.core.model_info import ModelInfo
+from cluster.core.step import StepInput, StepOutput
+from cluster.errors import ClusterError, ConfigError, EngineFault
+from cluster.models.config import ConfigFile, read_architecture, read_dtype, read_eos_token_ids
+from cluster.models.registry import Model, load_model
+from cluster.models.weights import num_weights
+from cluster.worker.config import WorkerConfig
+from cluster.worker.input_batch import InputBatch
+from cluster.worker.kv_cache import KVCacheShape, check_weights_fit, count_blocks, free_memory
+from cluster.worker.model_runner import ModelRunner
+from cluster.worker.rehearsal import rehearse
+
+_WARMUP_TOKENS = 32  # on CPU: enough to start thread pools and load every operator, quick for any model
+
+
+class LocalExecutor:
+    """Implements ``engine.Executor`` in process; a step runs inside ``collect``.
+
+    Attributes:
+        model: what was loaded.
+        max_in_flight: 1.
+    """
+
+    max_in_flight = 1
+
+    def __init__(
+        self,
+        checkpoint: Path,
+        config: WorkerConfig,
+        max_num_seqs: int,
+        max_num_batched_tokens: int,
+        on_stage: Callable[[str], None] | None = None,
+    ) -> None:
+        """Loads the model and takes its memory.
+
+        Args:
+            checkpoint: a directory in Hugging Face's layout.
+            max_num_seqs, max_num_batched_tokens: the largest step, as in SchedulerConfig.
+            on_stage: called with each stage's name as it begins.
+
+        Raises:
+            CheckpointError: the checkpoint is broken; the message names the file, tensor or key.
+            Unsupported: an architecture or format that this version does not run.
+            ConfigError: device, context or memory do not fit; the message says what to change.
+        """
+        enter = on_stage or (lambda stage: None)
+        self._pending: StepInput | None = None
+        self._fault: EngineFault | None = None
+        enter("reading config")
+        device = _device(config)
+        torch.set_num_threads(config.num_threads or len(os.sched_getaffinity(0)))
+        file = ConfigFile.read(checkpoint / "config.json")
+        dtype = _dtype(config, file, device)
+        eos_token_ids = read_eos_token_ids(checkpoint, file)
+        try:
+            enter("loading weights")
+            check_weights_fit(num_weights(checkpoint), dtype, device)
+            model = load_model(checkpoint, file, model_impl=config.model_impl, dtype=dtype, device=device)
+            max_model_len = _max_model_len(config, model, file)
+            enter("allocating KV cache")
+            shape = KVCacheShape(
+                num_layers=model.num_layers,
+                block_size=config.block_size,
+                num_kv_heads=model.num_kv_heads,
+                head_dim=model.head_dim,
+                dtype=dtype,
+            )
+            largest = {
+                "num_seqs": max_num_seqs,
+                "num_tokens": max(1, min(max_num_batched_tokens // max_num_seqs, max_model_len - 1)),
+            }
+            if device.type == "cuda":
+                free_bytes = _free_beside_activations(model, shape, device, config.gpu_memory_utilization, largest)
+            else:
+                free_bytes = free_memory(device)
+            num_blocks = count_blocks(shape, config, device=device, free_bytes=free_bytes)
+            kv_caches = shape.allocate(num_blocks, device)
+            enter("warming up")
+            if device.type == "cpu":  # on CUDA the measurement of the activations was the warm-up
+                rehearse(model, shape, device, num_seqs=1, num_tokens=min(_WARMUP_TOKENS, max_model_len - 1))
+        except torch.OutOfMemoryError as error:
+            raise ConfigError(
+                f"{device} has too little memory for the model and its largest step: {error}. Lower "
+                f"engine.scheduler.max_num_batched_tokens, choose a smaller worker.dtype, or free the device",
+                field="worker",
+            ) from error
+        batch = InputBatch(max_num_seqs=max_num_seqs, max_model_len=max_model_len, block_size=config.block_size)
+        self._runner: ModelRunner | None = ModelRunner(model, batch, kv_caches, dtype=dtype, device=device)
+        self.model = ModelInfo(
+            architecture=read_architecture(file),
+            max_model_len=max_model_len,
+            vocab_size=model.vocab_size,
+            eos_token_ids=eos_token_ids,
+            dtype=str(dtype).removeprefix("torch."),
+            device=str(device),
+            num_blocks=num_blocks,
+            block_size=config.block_size,
+            backend=f"{model.backend}, {kernels.BACKEND} kernels",
+        )
+
+    def submit(self, step: StepInput) -> None:
+        if self._fault is not None:
+            raise self._fault
+        if self._runner is None:
+            raise EngineFault("a step was submitted after shutdown")
+        if self._pending is not None:
+            raise EngineFault(f"step {step.step_id} was submitted before step {self._pending.step_id} was collected")
+        self._pending = step
+
+    def collect(self) -> StepOutput:
+        if self._fault is not None:
+            raise self._fault
+        if self._runner is None or self._pending is None:
+            raise EngineFault("no step is under way")
+        step, self._pending = self._pending, None
+        try:
+            return self._runner.execute(step)
+        except Exception as error:
+            self._fault = _as_fault(error)
+            raise self._fault from error
+
+    def shutdown(self) -> None:
+        """Releases the model and its memory. Idempotent."""
+        self._runner = self._pending = None
+        if torch.cuda.is_available():
+            torch.cuda.empty_cache()
+
+
+def _as_fault(error: Exception) -> EngineFault:
+    if isinstance(error, EngineFault):
+        return error
+    if isinstance(error, ClusterError):
+        return EngineFault(error.message)
+    return EngineFault(f"the forward pass failed: {type(error).__name__}: {error}")
+
+
+def _device(config: WorkerConfig) -> torch.device:
+    cuda = torch.cuda.is_available()
+    if config.device == "cuda" and not cuda:
+        raise ConfigError(
+            "worker.device is cuda, but torch finds no CUDA device: use cpu or auto, or install the driver and a CUDA "
+            "build of torch",
+            field="worker.device",
+        )
+    if config.device == "cpu" or not cuda:
+        return torch.device("cpu")
+    return torch.device("cuda", torch.cuda.current_device())
+
+
+def _dtype(config: WorkerConfig, file: ConfigFile, device: torch.device) -> torch.dtype:
+    name = config.dtype
+    if name == "auto":
+        # Most CPUs have no fast 16-bit arithmetic.
+        name = read_dtype(file) if device.type == "cuda" else "float32"
+    return {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}[name]
+
+
+def _max_model_len(config: WorkerConfig, model: Model, file: ConfigFile) -> int:
+    if config.max_model_len is None:
+        return model.max_position_embeddings
+    if not 2 <= config.max_model_len <= model.max_position_embeddings:
+        raise ConfigError(
+            f"worker.max_model_len is {config.max_model_len}; it must be from 2 to {model.max_position_embeddings}, "
+            f"the context that {file.path} states",
+            field="worker.max_model_len",
+        )
+    return config.max_model_len
+
+
+def _free_beside_activations(
+    model: Model, shape: KVCacheShape, device: torch.device, utilization: float, largest: dict[str, int]
+) -> int:
+    """Bytes of the device that ``utilization`` leaves beside the weights and the largest step's activations."""
+    torch.cuda.empty_cache()
+    torch.cuda.reset_peak_memory_stats(device)
+    before = torch.cuda.memory_allocated(device)
+    rehearse(model, shape, device, **largest)
+    activations = torch.cuda.max_memory_allocated(device) - before
+    torch.cuda.empty_cache()
+    free, total = torch.cuda.mem_get_info(device)
+    return int(free - activations - (1 - utilization) * total)

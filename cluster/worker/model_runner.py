@@ -1,0 +1,86 @@
+"""One step from plan to tokens: arrays, forward pass, sampling.
+
+Shapes: T tokens of a step, S its sequences, R rows that sample, D hidden size, V vocabulary.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from cluster.core.step import StepInput, StepOutput
+from cluster.layers.attention import AttentionMetadata
+from cluster.models.registry import Model
+from cluster.worker.input_batch import InputBatch, StepArrays
+from cluster.worker.sampler import SamplingRow, sample
+
+
+class ModelRunner:
+    """Runs steps of one model over one KV cache. Not thread-safe; holds the state of the live sequences."""
+
+    def __init__(
+        self, model: Model, batch: InputBatch, kv_caches: list[Tensor], *, dtype: torch.dtype, device: torch.device
+    ) -> None:
+        """
+        Args:
+            kv_caches: one (2, num_blocks, block_size, kv_heads, head_dim) per layer; written by every step.
+            dtype: of the model's activations.
+        """
+        self._model = model
+        self._batch = batch
+        self._kv_caches = kv_caches
+        self._block_size = kv_caches[0].shape[2]
+        self._dtype = dtype
+        self._device = device
+
+    @torch.inference_mode()
+    def execute(self, step: StepInput) -> StepOutput:
+        """Computes the step's tokens and draws one for each sequence that samples.
+
+        Raises:
+            EngineFault: the step contradicts those before it, or the logits are not finite.
+        """
+        self._batch.apply(step)
+        if not step.scheduled:
+            return StepOutput(step_id=step.step_id, sampled={})
+        arrays = self._batch.arrays(step.scheduled)
+        hidden_TD = self._forward(arrays)
+        rows = arrays.sampling_rows
+        if not rows:
+            return StepOutput(step_id=step.step_id, sampled={})
+        if len(rows) < len(hidden_TD):
+            hidden_TD = hidden_TD[torch.tensor(arrays.sampling_indices, device=self._device)]
+        logits_RV = self._model.compute_logits(hidden_TD)
+        tokens = sample(
+            logits_RV,
+            [
+                SamplingRow(
+                    sampling=state.sampling,
+                    candidate_index=state.candidate_index,
+                    position=state.num_tokens,
+                    prompt_token_ids=state.prompt_token_ids,
+                    output_token_ids=state.output_token_ids,
+                    stop_token_ids=state.stop_token_ids,
+                )
+                for state in rows
+            ],
+        )
+        for state, token in zip(rows, tokens, strict=True):
+            self._batch.append(state, token.token_id)
+        return StepOutput(
+            step_id=step.step_id,
+            sampled={state.sequence_id: token for state, token in zip(rows, tokens, strict=True)},
+        )
+
+    def _forward(self, arrays: StepArrays) -> Tensor:
+        """Hidden states (T, D)."""
+        input_ids_T, positions_T, slot_mapping_T = torch.from_numpy(arrays.tokens_3T).to(self._device)
+        attn = AttentionMetadata(
+            query_lens=arrays.query_lens,
+            context_lens=arrays.context_lens,
+            block_tables_SB=arrays.block_tables_SB,
+            slot_mapping_T=slot_mapping_T,
+            block_size=self._block_size,
+            dtype=self._dtype,
+        )
+        return self._model(input_ids_T, positions_T, attn, self._kv_caches)

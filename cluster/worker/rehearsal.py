@@ -1,0 +1,52 @@
+"""A prefill and a decode of made-up sequences, as large as a step may get: what it takes is measured, and what it
+touches is warm."""
+
+from __future__ import annotations
+
+import torch
+
+from cluster.core.request import SamplingParams
+from cluster.core.step import NewSequence, ScheduledSequence, StepInput
+from cluster.models.registry import Model
+from cluster.worker.input_batch import InputBatch
+from cluster.worker.kv_cache import KVCacheShape
+from cluster.worker.model_runner import ModelRunner
+
+_SAMPLING = SamplingParams(temperature=1.0, top_p=0.9, seed=0, logprobs=1)
+
+
+def rehearse(model: Model, shape: KVCacheShape, device: torch.device, *, num_seqs: int, num_tokens: int) -> None:
+    """Runs ``num_seqs`` prompts of ``num_tokens`` each in one step, then a token of each; in a KV cache of its own."""
+    blocks_each = -(-(num_tokens + 1) // shape.block_size)
+    batch = InputBatch(max_num_seqs=num_seqs, max_model_len=num_tokens + 1, block_size=shape.block_size)
+    runner = ModelRunner(model, batch, shape.allocate(num_seqs * blocks_each, device), dtype=shape.dtype, device=device)
+    sequences = range(num_seqs)
+    prompts = tuple(
+        NewSequence(
+            sequence_id=i,
+            token_ids=[0] * num_tokens,
+            num_prompt_tokens=num_tokens,
+            sampling=_SAMPLING,
+            candidate_index=0,
+            stop_token_ids=(),
+        )
+        for i in sequences
+    )
+    prefill = tuple(
+        ScheduledSequence(
+            sequence_id=i,
+            num_computed_tokens=0,
+            num_new_tokens=num_tokens,
+            new_block_ids=tuple(range(i * blocks_each, (i + 1) * blocks_each)),
+            samples=True,
+        )
+        for i in sequences
+    )
+    decode = tuple(
+        ScheduledSequence(
+            sequence_id=i, num_computed_tokens=num_tokens, num_new_tokens=1, new_block_ids=(), samples=True
+        )
+        for i in sequences
+    )
+    runner.execute(StepInput(step_id=0, new=prompts, scheduled=prefill, dropped=()))
+    runner.execute(StepInput(step_id=1, new=(), scheduled=decode, dropped=()))
