@@ -253,7 +253,7 @@ def test_the_notes_tell_the_first_call(helm_template):
 
 
 def test_the_application_builds_from_what_is_rendered(ray_service):
-    """As Serve does it: imports the builder, hands it the arguments, then looks up the deployments that are overridden."""
+    """As Serve does it: import the builder, hand it the arguments, look up the deployments that are overridden."""
     from ray._common.utils import import_attr
     from ray.serve._private.api import call_user_app_builder_with_args_if_necessary
     from ray.serve._private.build_app import build_app
