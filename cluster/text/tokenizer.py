@@ -1,0 +1,159 @@
+"""Text to token ids and back, from a Hugging Face directory's ``tokenizer.json``; neither torch nor transformers."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+from pathlib import Path
+from typing import Any
+
+import tokenizers
+
+from cluster.errors import CheckpointError, InvalidRequest
+from cluster.text.chat_template import ChatTemplate
+
+# Tokenizing takes about 0.3 us per character; a longer text leaves the event loop.
+_MAX_INLINE_CHARS = 1024
+
+
+class Tokenizer:
+    """A model's tokenizer. Thread-safe.
+
+    Attributes:
+        backend: the ``tokenizers`` object.
+        special_token_ids: ids that have no text.
+        vocab_size: the model's: ids below it are valid, whether or not they have a text.
+        eos_token_ids: ids that end a text.
+    """
+
+    def __init__(
+        self,
+        backend: tokenizers.Tokenizer,
+        *,
+        vocab_size: int,
+        eos_token_ids: tuple[int, ...],
+        chat_template: ChatTemplate | None,
+    ) -> None:
+        self.backend = backend
+        self.special_token_ids = frozenset(
+            token_id for token_id, token in backend.get_added_tokens_decoder().items() if token.special
+        )
+        self.vocab_size = vocab_size
+        self.eos_token_ids = eos_token_ids
+        self._chat_template = chat_template
+
+    @classmethod
+    def from_checkpoint(cls, directory: Path) -> Tokenizer:
+        """Reads ``tokenizer.json``, and from the other JSON files what ends a text and the chat template.
+
+        Which special tokens begin or end an encoded text is tokenizer.json's to say, as in transformers 5.
+
+        Raises:
+            CheckpointError: a file is missing or broken; the message names it.
+        """
+        backend = _load_backend(directory / "tokenizer.json")
+        settings = _read_json(directory / "tokenizer_config.json", required=False)
+        config = _read_json(directory / "config.json", required=True)
+        vocab_size = (config.get("text_config") or config).get("vocab_size")
+        if not isinstance(vocab_size, int) or vocab_size < 1:
+            raise CheckpointError(f"{directory / 'config.json'}: vocab_size is {vocab_size!r}, not a positive number")
+        return cls(
+            backend,
+            vocab_size=vocab_size,
+            eos_token_ids=_eos_token_ids(backend, settings, config, directory),
+            chat_template=ChatTemplate.from_checkpoint(directory, settings),
+        )
+
+    @property
+    def has_chat_template(self) -> bool:
+        return self._chat_template is not None
+
+    def encode(self, text: str, *, add_special_tokens: bool = True) -> list[int]:
+        """The text's token ids.
+
+        Raises:
+            InvalidRequest: the text has a NUL or a lone surrogate.
+        """
+        _check_text(text)
+        ids: list[int] = self.backend.encode(text, add_special_tokens=add_special_tokens).ids
+        return ids
+
+    async def encode_async(self, text: str) -> list[int]:
+        """As ``encode``; a long text is tokenized in a thread, which does not hold the interpreter's lock."""
+        if len(text) <= _MAX_INLINE_CHARS:
+            return self.encode(text)
+        return await asyncio.to_thread(self.encode, text)
+
+    def encode_chat(self, messages: list[dict[str, str]]) -> list[int]:
+        """The ids of a chat up to where the assistant's next message begins.
+
+        Raises:
+            InvalidRequest: the model has no chat template, or its template refuses these messages.
+        """
+        if self._chat_template is None:
+            raise InvalidRequest("this model has no chat template; send a prompt", field="chat")
+        return self.encode(self._chat_template.render(messages), add_special_tokens=False)
+
+    async def encode_chat_async(self, messages: list[dict[str, str]]) -> list[int]:
+        if sum(len(message["content"]) for message in messages) <= _MAX_INLINE_CHARS:
+            return self.encode_chat(messages)
+        return await asyncio.to_thread(self.encode_chat, messages)
+
+    def decode(self, token_ids: list[int], *, skip_special_tokens: bool = True) -> str:
+        text: str = self.backend.decode(token_ids, skip_special_tokens=skip_special_tokens)
+        return text
+
+
+def _check_text(text: str) -> None:
+    if "\0" in text:
+        raise InvalidRequest("the text holds a NUL character", field="prompt")
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        raise InvalidRequest(f"the text is not valid Unicode at character {error.start}", field="prompt") from None
+
+
+def _load_backend(file: Path) -> tokenizers.Tokenizer:
+    if not file.is_file():
+        raise CheckpointError(
+            f"{file} is missing. Where there is only a SentencePiece tokenizer.model, convert it once: "
+            "AutoTokenizer.from_pretrained(DIR).save_pretrained(DIR) writes tokenizer.json"
+        )
+    try:
+        return tokenizers.Tokenizer.from_file(str(file))
+    except Exception as error:  # the library raises bare Exception
+        raise CheckpointError(f"{file} cannot be read: {error}") from error
+
+
+def _read_json(file: Path, *, required: bool) -> dict[str, Any]:
+    if not file.is_file() and not required:
+        return {}
+    try:
+        value = json.loads(file.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise CheckpointError(f"{file} cannot be read: {error}") from error
+    if not isinstance(value, dict):
+        raise CheckpointError(f"{file} holds no JSON object")
+    return value
+
+
+def _token_text(value: object) -> str | None:
+    """A special token is written as its text, or as an object with its ``content``."""
+    if isinstance(value, dict):
+        value = value.get("content")
+    return value if isinstance(value, str) else None
+
+
+def _eos_token_ids(
+    backend: tokenizers.Tokenizer, settings: dict[str, Any], config: dict[str, Any], directory: Path
+) -> tuple[int, ...]:
+    generation = _read_json(directory / "generation_config.json", required=False)
+    for source in (generation, config.get("text_config") or {}, config):
+        eos = source.get("eos_token_id")
+        if isinstance(eos, int):
+            return (eos,)
+        if isinstance(eos, list) and eos and all(isinstance(token_id, int) for token_id in eos):
+            return tuple(eos)
+    text = _token_text(settings.get("eos_token"))
+    token_id = None if text is None else backend.token_to_id(text)
+    return () if token_id is None else (token_id,)
