@@ -92,6 +92,13 @@ class Draining(ClusterError):
     retryable = True
 
 
+class ServerUnreachable(ClusterError):
+    """Nothing answers at the address, or the connection broke. Raised by clients, never sent by a server."""
+
+    reason = "SERVER_UNREACHABLE"
+    retryable = True
+
+
 class ReplicaLost(ClusterError):
     """The replica that ran the request died after tokens had been sent."""
 
