@@ -134,6 +134,11 @@ class _GivenHiddenStates(nn.Module):
 
     hidden_SD: Tensor
 
+    @property
+    def decoder(self) -> _GivenHiddenStates:
+        """OPT's head reaches past its model for the decoder in it."""
+        return self
+
     def forward(self, *_args: Any, **_kwargs: Any) -> _DecoderOutput:
         return _DecoderOutput(self.hidden_SD.unsqueeze(0))
 
@@ -210,7 +215,12 @@ class TransformersModel(nn.Module):
     def _probe(self, num_layers: int) -> tuple[int, int, int]:
         """Layers, key-value heads and head size, as one pass without a cache shows them."""
         ids_T = torch.zeros(2, dtype=torch.int64, device=self.body.device)
-        self.compute_logits(self._hidden(ids_T, torch.arange(2, device=ids_T.device)))
+        try:
+            self.compute_logits(self._hidden(ids_T, torch.arange(2, device=ids_T.device)))
+        except (AttributeError, KeyError, TypeError, ValueError) as error:
+            raise _refusal(
+                self._architecture, f"its modelling code failed on two tokens ({type(error).__name__}: {error})"
+            ) from error
         shapes = self._paged.shapes
         if sorted(shapes) != list(range(num_layers)):
             raise _refusal(

@@ -39,6 +39,10 @@ ARCHITECTURES: dict[str, Callable[[], transformers.PretrainedConfig]] = {
         vocab_size=VOCAB, n_embd=48, n_layer=3, n_head=4, n_positions=CONTEXT, initializer_range=0.3,
         bos_token_id=1, eos_token_id=2,
     ),
+    "OPT": lambda: transformers.OPTConfig(
+        vocab_size=VOCAB, hidden_size=48, ffn_dim=80, num_hidden_layers=3, num_attention_heads=4,
+        max_position_embeddings=CONTEXT, init_std=0.3, word_embed_proj_dim=32,
+    ),
     "Phi3": lambda: transformers.Phi3Config(**GROUPED),
     "Phi3 sliding window": lambda: transformers.Phi3Config(**GROUPED, sliding_window=11),
     "StableLm": lambda: transformers.StableLmConfig(
@@ -163,12 +167,6 @@ REFUSED: dict[str, tuple[Callable[[], transformers.PretrainedConfig], str]] = {
             **GROUPED, head_dim=16, num_local_experts=2, num_experts_per_tok=1, rope_parameters={"rope_type": "default"}
         ),
         "s_aux",
-    ),
-    "Falcon with alibi": (
-        lambda: transformers.FalconConfig(
-            vocab_size=VOCAB, hidden_size=16, num_hidden_layers=1, num_attention_heads=2, alibi=True
-        ),
-        "attention_mask",
     ),
     "Bart": (
         lambda: transformers.BartConfig(
