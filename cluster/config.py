@@ -3,16 +3,23 @@
 from __future__ import annotations
 
 import dataclasses
+import difflib
+import inspect
+import re
+import typing
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import yaml
-from pydantic import ConfigDict, TypeAdapter, ValidationError
+from pydantic import TypeAdapter, ValidationError
 
 from cluster.errors import ConfigError
 from cluster.gateway.config import GatewayConfig
 from cluster.serve.config import LoggingConfig, ModelConfig, RayConfig
+
+_UNITS = {"": 1, "B": 1, "KiB": 2**10, "MiB": 2**20, "GiB": 2**30, "KB": 10**3, "MB": 10**6, "GB": 10**9}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -30,3 +37,170 @@ class ClusterConfig:
     gateway: GatewayConfig = field(default_factory=GatewayConfig)
     ray: RayConfig = field(default_factory=RayConfig)
     logging: LoggingConfig = field(default_factory=LoggingConfig)
+
+    def __post_init__(self) -> None:
+        if not self.models:
+            raise ConfigError("no model is configured; give at least one", field="models")
+        names = [model.name for model in self.models]
+        for index, name in enumerate(names):
+            if name in names[:index]:
+                raise ConfigError(
+                    f"two models are called {name!r}; give one another name", field=f"models.{index}.name"
+                )
+
+
+def load_config(path: Path | str) -> ClusterConfig:
+    """Reads a YAML file.
+
+    Raises:
+        ConfigError: the file cannot be read or something in it is wrong; every problem is listed with its path.
+    """
+    try:
+        tree = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
+    except OSError as error:
+        raise ConfigError(f"{path} cannot be read: {error.strerror}") from error
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise ConfigError(f"{path} is not valid YAML: {error}") from error
+    try:
+        return parse_config(tree)
+    except ConfigError as error:
+        raise ConfigError(f"{path}: {error.message}", field=error.field) from error
+
+
+def parse_config(tree: object) -> ClusterConfig:
+    """The configuration of an untyped tree, as YAML or JSON give it. Sizes may be written like ``"2GiB"``.
+
+    Raises:
+        ConfigError: something in it is wrong; every problem is listed with its path.
+    """
+    if not isinstance(tree, dict):
+        raise ConfigError("the configuration must be a mapping that has at least 'models:'")
+    try:
+        return _adapter().validate_python(_with_sizes_in_bytes(ClusterConfig, tree, ""))
+    except ValidationError as error:
+        problems = [_problem(detail) for detail in error.errors(include_url=False)]
+        raise ConfigError("; ".join(problems), field=_path(error.errors()[0]["loc"])) from error
+
+
+def effective_config(config: ClusterConfig) -> dict[str, Any]:
+    """The tree with every default filled in, of plain types."""
+    return typing.cast("dict[str, Any]", _adapter().dump_python(config, mode="json"))
+
+
+def json_schema() -> dict[str, Any]:
+    """The tree's JSON Schema; descriptions come from the dataclasses' docstrings."""
+    schema = _adapter().json_schema()
+    for cls in _dataclasses(ClusterConfig):
+        node = schema if cls is ClusterConfig else schema["$defs"][cls.__name__]
+        node["description"] = node["description"].partition("\n\nAttributes:")[0]
+        descriptions = _attribute_docs(cls)
+        for name, value in node["properties"].items():
+            value["description"] = descriptions[name]
+            if name.endswith("_bytes"):
+                _allow_size(value)
+    return schema
+
+
+def _dataclasses(cls: type) -> Iterator[type]:
+    """The class and every dataclass that its fields name, each once."""
+    seen: dict[type, None] = {}
+    pending = [cls]
+    while pending:
+        current = pending.pop()
+        if current in seen:
+            continue
+        seen[current] = None
+        for hint in typing.get_type_hints(current).values():
+            pending += [part for part in (hint, *typing.get_args(hint)) if dataclasses.is_dataclass(part)]
+    return iter(seen)
+
+
+_cached_adapter: TypeAdapter[ClusterConfig] | None = None
+
+
+def _adapter() -> TypeAdapter[ClusterConfig]:
+    global _cached_adapter
+    if _cached_adapter is None:
+        # The owners' dataclasses are of the standard library and know nothing of pydantic: its settings are hung on here.
+        for cls in _dataclasses(ClusterConfig):
+            cls.__pydantic_config__ = {"extra": "forbid", "strict": False}  # type: ignore[attr-defined]
+        _cached_adapter = TypeAdapter(ClusterConfig)
+    return _cached_adapter
+
+
+def _with_sizes_in_bytes(cls: type, tree: Any, path: str) -> Any:
+    """A copy of the tree in which fields called ``*_bytes`` hold numbers; what is out of place is left for pydantic."""
+    if not isinstance(tree, dict):
+        return tree
+    hints = typing.get_type_hints(cls)
+    result = {}
+    for key, value in tree.items():
+        where = f"{path}{key}"
+        if key in hints and str(key).endswith("_bytes") and isinstance(value, str):
+            value = parse_size(value, field=where)
+        for part in (hints.get(key), *typing.get_args(hints.get(key))):
+            if dataclasses.is_dataclass(part) and isinstance(part, type):
+                if isinstance(value, list):
+                    value = [_with_sizes_in_bytes(part, item, f"{where}.{i}.") for i, item in enumerate(value)]
+                else:
+                    value = _with_sizes_in_bytes(part, value, f"{where}.")
+        result[key] = value
+    return result
+
+
+def parse_size(text: str, *, field: str) -> int:
+    """Bytes of a text such as ``"512MiB"``, ``"2GB"`` or ``"4096"``.
+
+    Raises:
+        ConfigError: it is no such text.
+    """
+    match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([KMG]i?B|B|)\s*", text)
+    if match is None:
+        units = ", ".join(unit for unit in _UNITS if unit)
+        raise ConfigError(f"{field}: {text!r} is no size; write bytes, or a number with {units}", field=field)
+    return int(float(match[1]) * _UNITS[match[2]])
+
+
+def _path(location: tuple[int | str, ...]) -> str:
+    return ".".join(str(part) for part in location)
+
+
+def _problem(detail: Any) -> str:
+    """One line for one of pydantic's findings."""
+    location, path = detail["loc"], _path(detail["loc"])
+    if detail["type"] == "unexpected_keyword_argument":
+        known = _known_keys(location[:-1])
+        near = difflib.get_close_matches(str(location[-1]), known, n=1)
+        hint = f"did you mean {near[0]!r}?" if near else f"known here: {', '.join(known)}"
+        return f"{path}: unknown key; {hint}"
+    cause = detail.get("ctx", {}).get("error")
+    if isinstance(cause, ConfigError):
+        prefix = ".".join(part for part in (path, cause.field) if part)
+        return f"{prefix}: {cause.message}" if prefix else cause.message
+    if detail["type"] in ("missing", "missing_argument"):
+        return f"{path}: is required"
+    if detail["type"] == "tuple_type":
+        return f"{path}: input should be a list, not {detail['input']!r}"
+    return f"{path}: {detail['msg'][0].lower()}{detail['msg'][1:]}, not {detail['input']!r}"
+
+
+def _known_keys(location: tuple[int | str, ...]) -> list[str]:
+    cls: type = ClusterConfig
+    for part in location:
+        if isinstance(part, str):
+            hint = typing.get_type_hints(cls)[part]
+            cls = next(part for part in (hint, *typing.get_args(hint)) if dataclasses.is_dataclass(part))
+    return [item.name for item in dataclasses.fields(cls)]  # type: ignore[arg-type]
+
+
+def _attribute_docs(cls: type) -> dict[str, str]:
+    """Field descriptions from the docstring's ``Attributes:`` section."""
+    section = inspect.getdoc(cls).partition("Attributes:\n")[2]  # type: ignore[union-attr]
+    entries = re.findall(r"^    (\w+): (.*(?:\n {8}.*)*)", section, flags=re.MULTILINE)
+    return {name: " ".join(text.split()) for name, text in entries}
+
+
+def _allow_size(node: dict[str, Any]) -> None:
+    """Lets a ``*_bytes`` field be written as a text with a unit, as the loader does."""
+    alternatives = node.pop("anyOf", None) or [{"type": node.pop("type")}]
+    node["anyOf"] = [*alternatives, {"type": "string", "pattern": r"^\s*\d+(\.\d+)?\s*([KMG]i?B|B)?\s*$"}]

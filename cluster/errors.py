@@ -141,6 +141,12 @@ class CheckpointError(ClusterError):
     reason = "CHECKPOINT_ERROR"
 
 
+def require(condition: bool, field: str, message: str) -> None:
+    """Raises ConfigError for ``field`` unless the condition holds; for checks in configuration dataclasses."""
+    if not condition:
+        raise ConfigError(message, field=field)
+
+
 def _subclasses(cls: type[ClusterError]) -> list[type[ClusterError]]:
     return [cls, *(leaf for child in cls.__subclasses__() for leaf in _subclasses(child))]
 

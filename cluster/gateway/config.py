@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from cluster.errors import require
+
 
 @dataclass(frozen=True, kw_only=True)
 class GatewayConfig:
@@ -30,3 +32,10 @@ class GatewayConfig:
     max_unread_tokens: int = 8192
     drain_timeout_s: float = 30.0
     reflection: bool | None = None
+
+    def __post_init__(self) -> None:
+        require(0 <= self.port <= 65535, "port", "must be in [0, 65535]")
+        require(bool(self.host), "host", "must name an address, such as 127.0.0.1")
+        for name in ("default_deadline_s", "max_prompt_bytes", "max_message_bytes", "max_concurrent_streams"):
+            require(getattr(self, name) > 0, name, "must be positive")
+        require(self.drain_timeout_s >= 0, "drain_timeout_s", "must not be negative")

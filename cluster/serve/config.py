@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from pathlib import PurePosixPath
 from typing import Literal
 
 from cluster.engine.config import EngineConfig
+from cluster.errors import require
 from cluster.worker.config import WorkerConfig
 
 
@@ -35,6 +37,17 @@ class ModelConfig:
     startup_timeout_s: float = 600.0
     drain_timeout_s: float = 30.0
 
+    def __post_init__(self) -> None:
+        require(bool(self.path), "path", "must be 'demo', a directory or a Hub id")
+        if not self.name:
+            object.__setattr__(self, "name", PurePosixPath(self.path).name)
+        require(self.replicas >= 1, "replicas", "must be at least 1")
+        for name in ("num_cpus", "num_gpus"):
+            value = getattr(self, name)
+            require(value is None or value >= 0, name, "must not be negative")
+        require(self.startup_timeout_s > 0, "startup_timeout_s", "must be positive")
+        require(self.drain_timeout_s >= 0, "drain_timeout_s", "must not be negative")
+
 
 @dataclass(frozen=True, kw_only=True)
 class RayConfig:
@@ -57,6 +70,9 @@ class RayConfig:
     dashboard: bool = True
     dashboard_host: str = "127.0.0.1"
     dashboard_port: int = 8265
+
+    def __post_init__(self) -> None:
+        require(0 <= self.dashboard_port <= 65535, "dashboard_port", "must be in [0, 65535]")
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -5,6 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
+from cluster.errors import require
+
 
 @dataclass(frozen=True, kw_only=True)
 class WorkerConfig:
@@ -29,3 +31,10 @@ class WorkerConfig:
     max_model_len: int | None = None
     num_threads: int | None = None
     model_impl: Literal["auto", "cluster", "transformers"] = "auto"
+
+    def __post_init__(self) -> None:
+        require(self.block_size >= 1, "block_size", "must be at least 1")
+        require(0 < self.gpu_memory_utilization <= 1, "gpu_memory_utilization", "must be in (0, 1]")
+        for name in ("kv_cache_bytes", "max_model_len", "num_threads"):
+            value = getattr(self, name)
+            require(value is None or value >= 1, name, "must be at least 1, or unset")

@@ -77,7 +77,10 @@ async def test_long_texts_come_out_the_same(tokenizer):
     assert await tokenizer.encode_async(text) == tokenizer.encode(text)
 
 
-CHAT = "{% for m in messages %}<|start|>{{ m['role'] }}: {{ m['content'] }}\n{% endfor %}{% if add_generation_prompt %}assistant:{% endif %}"
+CHAT = (
+    "{% for m in messages %}<|start|>{{ m['role'] }}: {{ m['content'] }}\n{% endfor %}"
+    "{% if add_generation_prompt %}assistant:{% endif %}"
+)
 MESSAGES = [{"role": "system", "content": "be brief"}, {"role": "user", "content": "def <é>?"}]
 
 
