@@ -1,0 +1,133 @@
+"""The backend in use against the formulas of ``kernels/reference.py``, and those against torch's own words for them."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+
+from cluster import kernels
+from cluster.kernels import reference
+
+CPU = torch.device("cpu")
+TOLERANCE = {torch.float32: 2e-6, torch.bfloat16: 2e-2, torch.float16: 2e-3}
+NUM_BLOCKS, BLOCK_SIZE, HEADS, HEAD_DIM = 64, 4, 6, 18
+
+
+@pytest.fixture(autouse=True)
+def seeded() -> None:
+    torch.manual_seed(0)
+
+
+def assert_near(output: torch.Tensor, expected: torch.Tensor) -> None:
+    assert output.dtype == expected.dtype
+    assert output.shape == expected.shape
+    tolerance = TOLERANCE[expected.dtype] * max(1.0, expected.abs().max().item())
+    assert (output.float() - expected.float()).abs().max().item() <= tolerance
+
+
+@pytest.mark.parametrize("dtype", TOLERANCE)
+@pytest.mark.parametrize("num_tokens", [1, 3, 65])
+class TestElementwise:
+    def test_rms_norm(self, num_tokens: int, dtype: torch.dtype):
+        x, weight = torch.randn(num_tokens, 37, dtype=dtype), torch.randn(37, dtype=dtype)
+        assert_near(kernels.rms_norm(x, weight, 1e-2), reference.rms_norm(x, weight, 1e-2))
+
+    def test_add_rms_norm(self, num_tokens: int, dtype: torch.dtype):
+        x, residual = torch.randn(2, num_tokens, 37, dtype=dtype)
+        weight = torch.randn(37, dtype=dtype)
+        outputs = kernels.add_rms_norm(x, residual, weight, 1e-5)
+        for output, expected in zip(outputs, reference.add_rms_norm(x, residual, weight, 1e-5), strict=True):
+            assert_near(output, expected)
+
+    def test_rotary_of_a_slice_of_heads(self, num_tokens: int, dtype: torch.dtype):
+        x = torch.randn(num_tokens, 7, 10, dtype=dtype)[:, 1:6]
+        cos, sin = torch.randn(2, num_tokens, 1, 10, dtype=dtype)
+        assert_near(kernels.rotary(x, cos, sin), reference.rotary(x, cos, sin))
+
+    def test_silu_mul(self, num_tokens: int, dtype: torch.dtype):
+        x = 3 * torch.randn(num_tokens, 2 * 29, dtype=dtype)
+        assert_near(kernels.silu_mul(x), reference.silu_mul(x))
+
+    def test_reshape_and_cache(self, num_tokens: int, dtype: torch.dtype):
+        k, v = torch.randn(2, num_tokens, 2, 10, dtype=dtype)
+        slots = torch.randperm(NUM_BLOCKS * BLOCK_SIZE)[:num_tokens]
+        caches = torch.zeros(2, 2, NUM_BLOCKS, BLOCK_SIZE, 2, 10, dtype=dtype)
+        kernels.reshape_and_cache(k, v, caches[0], slots)
+        reference.reshape_and_cache(k, v, caches[1], slots)
+        assert torch.equal(caches[0], caches[1])
+        assert caches[0].count_nonzero() == k.numel() + v.numel()
+
+
+def test_reference_formulas_are_torchs():
+    x, weight = torch.randn(5, 16), torch.randn(16)
+    assert_near(reference.rms_norm(x, weight, 1e-3), F.rms_norm(x, (16,), weight, 1e-3))
+    assert_near(reference.silu_mul(x), F.silu(x[:, :8]) * x[:, 8:])
+    # The rotation of a pair (x1, x2) is a product of complex numbers.
+    angles = torch.randn(5, 1, 8)
+    pairs = torch.complex(x[:, None, :8], x[:, None, 8:]) * torch.polar(torch.ones_like(angles), angles)
+    cos, sin = torch.cat((angles.cos(),) * 2, -1), torch.cat((-angles.sin(), angles.sin()), -1)
+    assert_near(reference.rotary(x[:, None], cos, sin), torch.cat((pairs.real, pairs.imag), -1))
+
+
+LENGTHS = {  # query lengths, context lengths
+    "one token": ([1], [1]),
+    "one decode": ([1], [23]),
+    "decodes of one length": ([1] * 3, [9] * 3),
+    "decodes of many lengths": ([1] * 7, [1, 2, 3, 9, 20, 21, 57]),
+    "decodes in any order": ([1] * 4, [40, 1, 17, 2]),
+    "a whole prompt": ([30], [30]),
+    "a chunk": ([7], [31]),
+    "decodes, chunks and prompts": ([1, 1, 1, 3, 5, 21], [4, 5, 60, 3, 33, 21]),
+    "two short prompts": ([2, 2], [2, 2]),
+}
+
+
+def create_step(query_lens: list[int], context_lens: list[int], num_kv_heads: int, dtype: torch.dtype):
+    """(q_THD, kv_cache, block_tables_SB): scattered blocks, garbage in what is padded."""
+    width = -(-max(context_lens) // BLOCK_SIZE)
+    tables = np.random.default_rng(0).permutation(NUM_BLOCKS * 4)[: len(query_lens) * width].reshape(-1, width)
+    kv_cache = torch.randn(2, NUM_BLOCKS * 4, BLOCK_SIZE, num_kv_heads, HEAD_DIM, dtype=dtype)
+    return torch.randn(sum(query_lens), HEADS, HEAD_DIM, dtype=dtype), kv_cache, tables
+
+
+@pytest.mark.parametrize("dtype", TOLERANCE)
+@pytest.mark.parametrize("num_kv_heads", [1, 2, 6])
+@pytest.mark.parametrize("sliding_window", [None, 1, 5, 16])
+@pytest.mark.parametrize("lengths", LENGTHS)
+def test_paged_attention(lengths: str, sliding_window: int | None, num_kv_heads: int, dtype: torch.dtype):
+    query_lens, context_lens = LENGTHS[lengths]
+    q, kv_cache, tables = create_step(query_lens, context_lens, num_kv_heads, dtype)
+    plan = kernels.plan_attention(
+        query_lens,
+        context_lens,
+        tables,
+        block_size=BLOCK_SIZE,
+        sliding_window=sliding_window,
+        dtype=dtype,
+        device=CPU,
+    )
+    expected = reference.paged_attention(
+        q, kv_cache, torch.from_numpy(tables), query_lens, context_lens, scale=0.3, sliding_window=sliding_window
+    )
+    assert_near(kernels.paged_attention(q, kv_cache, plan, scale=0.3), expected)
+
+
+def test_reference_attention_is_torchs():
+    q, kv_cache, tables = create_step([11], [11], 2, torch.float32)
+    k, v = kv_cache[:, tables[0]].flatten(1, 2)[:, :11].repeat_interleave(3, dim=2).transpose(1, 2)
+    expected = F.scaled_dot_product_attention(q.transpose(0, 1), k, v, is_causal=True, scale=0.3).transpose(0, 1)
+    assert_near(reference.paged_attention(q, kv_cache, torch.from_numpy(tables), [11], [11], scale=0.3), expected)
+
+
+def test_decodes_are_grouped_by_length_and_windows_gather_few_blocks():
+    """Padding at most doubles the gathered blocks, and a window never gathers what it hides."""
+    context_lens = [4, 8, 8, 16, 64, 64, 128]
+    tables = np.arange(7 * 32).reshape(7, 32)
+    arguments = {"block_size": BLOCK_SIZE, "dtype": torch.float32, "device": CPU}
+    groups = kernels.plan_attention([1] * 7, context_lens, tables, sliding_window=None, **arguments)
+    assert [group.num_seqs for group in groups] == [3, 1, 3]
+    assert sum(len(group.block_ids) for group in groups) <= 2 * sum(c // BLOCK_SIZE for c in context_lens)
+    groups = kernels.plan_attention([1] * 7, context_lens, tables, sliding_window=6, **arguments)
+    assert max(group.num_positions for group in groups) <= 6 + BLOCK_SIZE
