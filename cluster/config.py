@@ -45,7 +45,8 @@ class ClusterConfig:
         for index, name in enumerate(names):
             if name in names[:index]:
                 raise ConfigError(
-                    f"two models are called {name!r}; give one another name", field=f"models.{index}.name"
+                    f"models.{index}.name: two models are called {name!r}; give one another name",
+                    field=f"models.{index}.name",
                 )
 
 
@@ -121,7 +122,7 @@ _cached_adapter: TypeAdapter[ClusterConfig] | None = None
 def _adapter() -> TypeAdapter[ClusterConfig]:
     global _cached_adapter
     if _cached_adapter is None:
-        # The owners' dataclasses are of the standard library and know nothing of pydantic: its settings are hung on here.
+        # The owners' dataclasses are of the standard library: pydantic's settings are hung on them here.
         for cls in _dataclasses(ClusterConfig):
             cls.__pydantic_config__ = {"extra": "forbid", "strict": False}  # type: ignore[attr-defined]
         _cached_adapter = TypeAdapter(ClusterConfig)

@@ -54,7 +54,8 @@ class RayConfig:
     """Which Ray to run on.
 
     Attributes:
-        address: "local" starts one on this machine and ends it with us; "auto" joins the one that runs here; or its address.
+        address: "local" starts one on this machine and ends it with us; "auto" joins the one that runs here; or its
+            address.
         num_cpus: CPUs of a local Ray; unset: all cores.
         num_gpus: GPUs of a local Ray; unset: those found.
         object_store_bytes: shared memory of a local Ray; we send nothing large through it.

@@ -16,7 +16,8 @@ class WorkerConfig:
         device: where the model runs; auto takes CUDA where there is one.
         dtype: of weights and activations; auto keeps the checkpoint's on CUDA and takes float32 on CPU.
         block_size: tokens per KV block.
-        kv_cache_bytes: memory for the KV pool; unset: on CPU a quarter of the free memory, at most 1 GiB; on CUDA what gpu_memory_utilization leaves.
+        kv_cache_bytes: memory for the KV pool; unset: on CPU a quarter of the free memory, at most 1 GiB; on CUDA what
+            gpu_memory_utilization leaves.
         gpu_memory_utilization: share of the device's memory that weights, activations and KV pool may take together.
         max_model_len: context limit in tokens; unset takes the checkpoint's.
         num_threads: CPU threads of the forward pass; unset: all cores.
