@@ -1,0 +1,241 @@
+"""The in-process executor: stages, what it says of the model, memory, and how it fails."""
+
+from __future__ import annotations
+
+import gc
+import json
+import weakref
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from checkpoints import EOS, create_checkpoint
+from parity_runs import create_engine, create_prompts, run_engine
+
+from cluster.core.request import SamplingParams
+from cluster.core.step import NewSequence, ScheduledSequence, StepInput
+from cluster.errors import CheckpointError, ConfigError, EngineFault
+from cluster.worker.config import WorkerConfig
+from cluster.worker.kv_cache import KVCacheShape, check_weights_fit, count_blocks
+from cluster.worker.local_executor import LocalExecutor
+
+CPU = torch.device("cpu")
+SHAPE = KVCacheShape(num_layers=3, block_size=16, num_kv_heads=2, head_dim=16, dtype=torch.float32)
+SAMPLING = SamplingParams(temperature=0.0, seed=0)
+
+
+@pytest.fixture
+def checkpoint(tmp_path: Path) -> Path:
+    return create_checkpoint(tmp_path)
+
+
+def create_executor(checkpoint: Path, *, max_num_seqs: int = 4, **worker: Any) -> LocalExecutor:
+    options: dict[str, Any] = {"device": "cpu", "num_threads": 1, "kv_cache_bytes": 2**20} | worker
+    return LocalExecutor(checkpoint, WorkerConfig(**options), max_num_seqs, 64)
+
+
+def create_step(
+    num_tokens: int = 5, *, sequence_id: int = 0, step_id: int = 0, new: bool = True, **scheduled: Any
+) -> StepInput:
+    """One prompt of ``num_tokens`` in block 3, computed whole and sampled from."""
+    sequence = NewSequence(
+        sequence_id=sequence_id,
+        token_ids=list(range(num_tokens)),
+        num_prompt_tokens=num_tokens,
+        sampling=SAMPLING,
+        candidate_index=0,
+        stop_token_ids=(),
+    )
+    values: dict[str, Any] = {
+        "sequence_id": sequence_id,
+        "num_computed_tokens": 0,
+        "num_new_tokens": num_tokens,
+        "new_block_ids": (3,),
+        "samples": True,
+    } | scheduled
+    return StepInput(
+        step_id=step_id, new=(sequence,) if new else (), scheduled=(ScheduledSequence(**values),), dropped=()
+    )
+
+
+class TestStart:
+    def test_stages_come_in_order(self, checkpoint: Path):
+        stages: list[str] = []
+        config = WorkerConfig(device="cpu", num_threads=1, kv_cache_bytes=2**20)
+        LocalExecutor(checkpoint, config, 4, 64, on_stage=stages.append)
+        assert stages == ["reading config", "loading weights", "allocating KV cache", "warming up"]
+
+    def test_model_info(self, checkpoint: Path):
+        model = create_executor(checkpoint).model
+        assert model.architecture == "LlamaForCausalLM"
+        assert (model.max_model_len, model.vocab_size, model.eos_token_ids) == (512, 259, (EOS,))
+        assert (model.dtype, model.device) == ("float32", "cpu")
+        assert model.num_blocks == 2**20 // SHAPE.block_bytes
+        assert model.kv_capacity_tokens == 16 * model.num_blocks
+        assert model.backend == "cluster, torch kernels"
+
+    def test_threads(self, checkpoint: Path):
+        before = torch.get_num_threads()
+        try:
+            create_executor(checkpoint, num_threads=2)
+            assert torch.get_num_threads() == 2
+        finally:
+            torch.set_num_threads(before)
+
+    def test_auto_takes_float32_on_cpu(self, tmp_path: Path):
+        checkpoint = create_checkpoint(tmp_path, dtype=torch.bfloat16)
+        assert create_executor(checkpoint).model.dtype == "float32"
+
+    @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a CUDA device")
+    def test_cuda_without_a_device(self, checkpoint: Path):
+        with pytest.raises(ConfigError, match="no CUDA device") as caught:
+            create_executor(checkpoint, device="cuda")
+        assert caught.value.field == "worker.device"
+
+    @pytest.mark.parametrize("max_model_len", [1, 513])
+    def test_impossible_context(self, checkpoint: Path, max_model_len: int):
+        with pytest.raises(ConfigError, match="512") as caught:
+            create_executor(checkpoint, max_model_len=max_model_len)
+        assert caught.value.field == "worker.max_model_len"
+
+    def test_smaller_context(self, checkpoint: Path):
+        assert create_executor(checkpoint, max_model_len=100).model.max_model_len == 100
+
+    def test_broken_checkpoint(self, checkpoint: Path):
+        (checkpoint / "model.safetensors").unlink()
+        with pytest.raises(CheckpointError, match=r"model\.safetensors"):
+            create_executor(checkpoint)
+
+    def test_broken_generation_config(self, checkpoint: Path):
+        (checkpoint / "generation_config.json").write_text(json.dumps({"eos_token_id": "x"}))
+        with pytest.raises(CheckpointError, match=r"generation_config\.json: eos_token_id"):
+            create_executor(checkpoint)
+
+
+class TestMemory:
+    def test_a_block_counts_keys_and_values_of_all_layers(self):
+        caches = SHAPE.allocate(7, CPU)
+        assert sum(cache.nbytes for cache in caches) == 7 * SHAPE.block_bytes
+        assert [cache.shape for cache in caches] == [(2, 7, 16, 2, 16)] * 3
+        assert not any(cache.any() for cache in caches)
+
+    @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+    def test_caches_are_zeros_of_their_dtype(self, dtype: torch.dtype):
+        shape = KVCacheShape(num_layers=1, block_size=3, num_kv_heads=1, head_dim=2, dtype=dtype)
+        (cache,) = shape.allocate(5, CPU)
+        assert cache.dtype == dtype
+        assert torch.equal(cache, torch.zeros(2, 5, 3, 1, 2, dtype=dtype))
+
+    @pytest.mark.parametrize(
+        ("free_bytes", "expected"), [(2**28, 2**26 // SHAPE.block_bytes), (2**40, 2**30 // SHAPE.block_bytes)]
+    )
+    def test_on_cpu_a_quarter_of_what_is_free_at_most_1_gib(self, free_bytes: int, expected: int):
+        assert count_blocks(SHAPE, WorkerConfig(), device=CPU, free_bytes=free_bytes) == expected
+
+    def test_on_cuda_all_that_utilization_leaves(self):
+        free_bytes = 5 * SHAPE.block_bytes + 1
+        assert count_blocks(SHAPE, WorkerConfig(), device=torch.device("cuda"), free_bytes=free_bytes) == 5
+
+    def test_not_one_block(self, checkpoint: Path):
+        with pytest.raises(ConfigError, match=r"0\.012 MiB.*0\.001 MiB.*raise worker\.kv_cache_bytes") as caught:
+            create_executor(checkpoint, kv_cache_bytes=1024)
+        assert caught.value.field == "worker.kv_cache_bytes"
+
+    def test_not_one_block_beside_the_weights(self):
+        with pytest.raises(ConfigError, match=r"raise worker\.gpu_memory_utilization"):
+            count_blocks(SHAPE, WorkerConfig(), device=torch.device("cuda"), free_bytes=-5)
+
+    def test_more_than_is_free(self, checkpoint: Path):
+        with pytest.raises(ConfigError, match=r"asks for 1,073,741,824\.000 MiB.*free"):
+            create_executor(checkpoint, kv_cache_bytes=2**50)
+
+    def test_weights_that_do_not_fit(self):
+        with pytest.raises(ConfigError, match=r"4,194,304\.000 MiB as bfloat16.*free"):
+            check_weights_fit(2**41, torch.bfloat16, CPU)
+
+    def test_shutdown_frees_the_model(self, checkpoint: Path):
+        executor = create_executor(checkpoint)
+        model = weakref.ref(executor._runner._model)
+        executor.shutdown()
+        executor.shutdown()
+        gc.collect()
+        assert model() is None
+        with pytest.raises(EngineFault, match="after shutdown"):
+            executor.submit(create_step())
+
+
+class TestSteps:
+    def test_a_step_that_does_not_sample_yields_nothing(self, checkpoint: Path):
+        executor = create_executor(checkpoint)
+        executor.submit(create_step(samples=False, num_new_tokens=3))
+        assert executor.collect().sampled == {}
+
+    def test_a_step_that_only_drops(self, checkpoint: Path):
+        executor = create_executor(checkpoint)
+        executor.submit(create_step())
+        executor.collect()
+        executor.submit(StepInput(step_id=1, new=(), scheduled=(), dropped=(0, 99)))
+        assert executor.collect().step_id == 1
+        executor.submit(create_step(step_id=2))
+        assert list(executor.collect().sampled) == [0]
+
+    def test_two_steps_at_once(self, checkpoint: Path):
+        executor = create_executor(checkpoint)
+        executor.submit(create_step())
+        with pytest.raises(EngineFault, match="before step 0 was collected"):
+            executor.submit(create_step(step_id=1, new=False, num_computed_tokens=5, num_new_tokens=1))
+
+    def test_collect_without_submit(self, checkpoint: Path):
+        with pytest.raises(EngineFault, match="no step"):
+            create_executor(checkpoint).collect()
+
+    @pytest.mark.parametrize(
+        ("step", "words"),
+        [
+            (create_step(new=False), "never sent"),
+            (create_step(num_new_tokens=6), "5 tokens"),
+            (create_step(num_tokens=40), "1 blocks of 16"),
+        ],
+    )
+    def test_a_step_that_contradicts_itself_ends_the_executor(self, checkpoint: Path, step: StepInput, words: str):
+        executor = create_executor(checkpoint)
+        executor.submit(step)
+        with pytest.raises(EngineFault, match=words):
+            executor.collect()
+        with pytest.raises(EngineFault, match=words):
+            executor.submit(create_step())
+
+    def test_a_sequence_sent_twice(self, checkpoint: Path):
+        executor = create_executor(checkpoint)
+        executor.submit(create_step())
+        executor.collect()
+        executor.submit(create_step(step_id=1))
+        with pytest.raises(EngineFault, match="never dropped"):
+            executor.collect()
+
+    def test_more_sequences_than_agreed(self, checkpoint: Path):
+        executor = create_executor(checkpoint, max_num_seqs=1)
+        executor.submit(create_step())
+        executor.collect()
+        executor.submit(create_step(step_id=1, sequence_id=1))
+        with pytest.raises(EngineFault, match="more than 1 sequences"):
+            executor.collect()
+
+    def test_a_forward_pass_that_fails_is_an_engine_fault(self, checkpoint: Path):
+        executor = create_executor(checkpoint)
+        executor.submit(create_step(new_block_ids=(10**6,)))
+        with pytest.raises(EngineFault, match="the forward pass failed: IndexError"):
+            executor.collect()
+
+    def test_damaged_weights_are_an_engine_fault(self, tmp_path: Path):
+        checkpoint = create_checkpoint(tmp_path)
+        engine = create_engine(checkpoint)
+        engine._executor._runner._model.lm_head.weight.fill_(float("nan"))
+        with pytest.raises(EngineFault, match="finite"):
+            run_engine(engine, create_prompts((3,)))
+
+    def test_the_context_can_be_filled_to_its_last_token(self, checkpoint: Path):
+        engine = create_engine(checkpoint, max_model_len=21)
+        sampling = SamplingParams(temperature=0.0, ignore_eos=True)
+        assert [len(tokens) for tokens in run_engine(engine, create_prompts((20, 4)), sampling)] == [1, 17]
