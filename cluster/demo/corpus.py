@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 
 END_OF_TEXT = "<|endoftext|>"
 VOCAB_SIZE = 4096
@@ -55,7 +55,7 @@ def read_corpus(root: Path | None = None) -> Corpus:
 
 
 def train_tokenizer(texts: list[str], vocab_size: int = VOCAB_SIZE) -> Tokenizer:
-    """A byte-level BPE: every byte string round-trips, whatever it holds."""
+    """A byte-level BPE: every byte string round-trips, whatever it holds. Encoded texts begin with ``END_OF_TEXT``."""
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
@@ -68,10 +68,12 @@ def train_tokenizer(texts: list[str], vocab_size: int = VOCAB_SIZE) -> Tokenizer
             show_progress=False,
         ),
     )
+    tokenizer.post_processor = processors.TemplateProcessing(
+        single=f"{END_OF_TEXT} $A", special_tokens=[(END_OF_TEXT, tokenizer.token_to_id(END_OF_TEXT))]
+    )
     return tokenizer
 
 
 def encode_documents(tokenizer: Tokenizer, texts: list[str]) -> list[np.ndarray]:
     """Each text as uint16 ids that start with ``END_OF_TEXT``, which serves as the beginning of a document too."""
-    start = tokenizer.token_to_id(END_OF_TEXT)
-    return [np.asarray([start, *encoding.ids], dtype=np.uint16) for encoding in tokenizer.encode_batch(texts)]
+    return [np.asarray(encoding.ids, dtype=np.uint16) for encoding in tokenizer.encode_batch(texts)]

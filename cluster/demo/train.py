@@ -199,7 +199,6 @@ def save(model: LlamaForCausalLM, tokenizer: Tokenizer, result: dict[str, object
                 "tokenizer_class": "PreTrainedTokenizerFast",
                 "bos_token": END_OF_TEXT,
                 "eos_token": END_OF_TEXT,
-                "add_bos_token": True,
                 "clean_up_tokenization_spaces": False,
                 "model_max_length": CONTEXT,
             },
