@@ -256,7 +256,8 @@ def _causal_lm(checkpoint: Path) -> tuple[PretrainedConfig, type[PreTrainedModel
             reason += ", and code that a checkpoint brings along (auto_map) is never executed"
         raise _refusal(architecture, reason) from error
     model_class = MODEL_FOR_CAUSAL_LM_MAPPING.get(type(config), None)
-    if model_class is None or model_class.__name__ != architecture:
+    # For a few configurations transformers lists several classes.
+    if not isinstance(model_class, type) or model_class.__name__ != architecture:
         raise _refusal(architecture, "it is no causal language model of transformers (text in, text out)")
     _check_paper(architecture, model_class, config.get_text_config())
     return config, model_class
