@@ -1,0 +1,133 @@
+"""A call's arguments as a message, checked before anything is sent."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import fields, replace
+from typing import TypedDict
+
+from cluster.core.request import Priority, SamplingParams
+from cluster.errors import InvalidRequest
+from cluster.v1 import inference_pb2 as pb
+from cluster.wire import chat_to_proto, priority_to_proto, sampling_to_proto
+
+Prompt = str | Sequence[int]
+Messages = Sequence[Mapping[str, str]]
+
+_MAX_TOKEN_ID = 2**32 - 1
+
+
+class GenerateOptions(TypedDict, total=False):
+    """Keyword arguments of the generating methods.
+
+    model: may be left out where the server has one model.
+    priority: the request's class, by default P1.
+    deadline_s: seconds for the whole call, retries included; by default the client's own.
+    request_id: the caller's name for the call, by which ``cancel`` finds it; by default drawn by the server.
+    labels: free, for accounting; at most 16.
+
+    The rest are fields of SamplingParams. They override those of a SamplingParams passed along.
+    """
+
+    model: str
+    priority: Priority
+    deadline_s: float
+    request_id: str
+    labels: Mapping[str, str]
+
+    temperature: float
+    top_p: float
+    top_k: int
+    min_p: float
+    max_tokens: int | None
+    min_tokens: int
+    stop: str | Iterable[str]
+    stop_token_ids: Iterable[int]
+    seed: int | None
+    presence_penalty: float
+    frequency_penalty: float
+    repetition_penalty: float
+    logprobs: int | None
+    logit_bias: Mapping[int, float]
+    ignore_eos: bool
+    n: int
+
+
+_SAMPLING_FIELDS = frozenset(field.name for field in fields(SamplingParams))
+
+
+def prompt_request(prompt: Prompt, sampling: SamplingParams | None, options: GenerateOptions) -> pb.GenerateRequest:
+    """A request to continue a text or token ids.
+
+    Raises:
+        InvalidRequest: a value can never be right; the error names the field.
+        TypeError: no such keyword argument.
+    """
+    request = _request(sampling, options)
+    if isinstance(prompt, str):
+        request.prompt = _encodable(prompt, "prompt")
+    else:
+        request.token_ids.ids.extend(_checked_ids(prompt))
+        request.token_ids.SetInParent()  # so that an empty list is refused by name, as an empty prompt is
+    return request
+
+
+def chat_request(messages: Messages, sampling: SamplingParams | None, options: GenerateOptions) -> pb.GenerateRequest:
+    """A request to answer a conversation; raises as ``prompt_request`` does."""
+    request = _request(sampling, options)
+    request.chat.CopyFrom(_chat(messages))
+    return request
+
+
+def count_request(prompt: str | None, messages: Messages | None, model: str) -> pb.CountTokensRequest:
+    """A request to count the tokens of a prompt or of a conversation, exactly one of which is given."""
+    if (prompt is None) == (messages is None):
+        raise TypeError("count_tokens takes either a prompt or messages")
+    if messages is not None:
+        return pb.CountTokensRequest(model=model, chat=_chat(messages))
+    if not isinstance(prompt, str):
+        raise InvalidRequest(f"the prompt must be a string, not {type(prompt).__name__}", field="prompt")
+    return pb.CountTokensRequest(model=model, prompt=_encodable(prompt, "prompt"))
+
+
+def _request(sampling: SamplingParams | None, options: GenerateOptions) -> pb.GenerateRequest:
+    unknown = options.keys() - GenerateOptions.__annotations__.keys()
+    if unknown:
+        raise TypeError(f"unexpected keyword arguments: {', '.join(sorted(unknown))}")
+    overrides = {name: value for name, value in options.items() if name in _SAMPLING_FIELDS}
+    return pb.GenerateRequest(
+        model=options.get("model", ""),
+        request_id=options.get("request_id", ""),
+        sampling=sampling_to_proto(replace(sampling or SamplingParams(), **overrides)),
+        priority=priority_to_proto(Priority(options.get("priority", Priority.P1))),
+        labels=options.get("labels"),
+    )
+
+
+def _chat(messages: Messages) -> pb.ChatMessages:
+    for index, message in enumerate(messages):
+        for key in ("role", "content"):
+            if not isinstance(message, Mapping) or not isinstance(message.get(key), str):
+                raise InvalidRequest(
+                    f"message {index} must be a mapping with the strings 'role' and 'content'",
+                    field=f"chat.messages[{index}].{key}",
+                )
+            _encodable(message[key], f"chat.messages[{index}].{key}")
+    return chat_to_proto(messages)
+
+
+def _checked_ids(token_ids: Sequence[int]) -> Sequence[int]:
+    for index, token_id in enumerate(token_ids):
+        if isinstance(token_id, str):
+            raise InvalidRequest("one call takes one prompt, not a list of texts", field="prompt")
+        if not 0 <= token_id <= _MAX_TOKEN_ID:
+            raise InvalidRequest(f"token_ids[{index}] is {token_id}, which is no token id", field="token_ids")
+    return token_ids
+
+
+def _encodable(text: str, field: str) -> str:
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        raise InvalidRequest(f"{field} is no valid Unicode text: {error}", field=field) from None
+    return text

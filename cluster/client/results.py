@@ -1,0 +1,197 @@
+"""What a client gets back: plain frozen dataclasses, so that no caller needs protobuf."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+from cluster.core.request import FinishReason
+from cluster.core.step import SampledToken
+from cluster.v1 import inference_pb2 as pb
+from cluster.wire import finish_reason_from_proto, logprobs_from_proto
+
+
+@dataclass(frozen=True, kw_only=True)
+class Usage:
+    """Token counts; ``cached_tokens`` are those of the prompt that the prefix cache served."""
+
+    prompt_tokens: int
+    cached_tokens: int
+    completion_tokens: int
+
+
+@dataclass(frozen=True, kw_only=True)
+class Chunk:
+    """A delta of one candidate. Text and tokens may advance apart: text that could still become a stop string waits.
+
+    Attributes:
+        text, text_offset: the new text, and where it begins in the candidate's text, in code points.
+        token_ids, token_offset: the new tokens, and where they begin in the candidate's tokens.
+        logprobs: one per token of ``token_ids`` if asked for, else empty.
+        seed: on the stream's first chunk, the seed in force; else None.
+        finish_reason, usage: on the candidate's last chunk; else None.
+    """
+
+    generation_id: str
+    sequence: int
+    candidate_index: int
+    text: str
+    text_offset: int
+    token_ids: tuple[int, ...]
+    token_offset: int
+    logprobs: tuple[SampledToken, ...]
+    seed: int | None
+    finish_reason: FinishReason | None
+    usage: Usage | None
+
+
+@dataclass(frozen=True, kw_only=True)
+class Candidate:
+    """One completion; ``logprobs`` has one entry per token if asked for, else none."""
+
+    index: int
+    text: str
+    token_ids: tuple[int, ...]
+    logprobs: tuple[SampledToken, ...]
+    finish_reason: FinishReason | None
+
+
+@dataclass(frozen=True, kw_only=True)
+class GenerationResult:
+    """A finished generation. ``text`` and its fellows are those of the first candidate.
+
+    Attributes:
+        seed: the seed in force, drawn by the server where none was given; with it the same tokens come again.
+        candidates: ``n`` of them, by index.
+        usage: completion tokens of all candidates together.
+    """
+
+    generation_id: str
+    model: str
+    seed: int
+    candidates: tuple[Candidate, ...]
+    usage: Usage
+
+    @property
+    def text(self) -> str:
+        return self.candidates[0].text
+
+    @property
+    def token_ids(self) -> tuple[int, ...]:
+        return self.candidates[0].token_ids
+
+    @property
+    def logprobs(self) -> tuple[SampledToken, ...]:
+        return self.candidates[0].logprobs
+
+    @property
+    def finish_reason(self) -> FinishReason | None:
+        return self.candidates[0].finish_reason
+
+
+@dataclass(frozen=True, kw_only=True)
+class ReplicaStatus:
+    """A replica as its gateway sees it.
+
+    Attributes:
+        state: ``"connecting"``, ``"ready"`` or ``"draining"``; ``"unspecified"`` from a newer server.
+        running, waiting: requests in the running batch, and queued in the replica.
+        outstanding_tokens: prompt and completion tokens still to do.
+        kv_usage: share of the KV blocks in use, in [0, 1].
+    """
+
+    replica_id: str
+    state: str
+    address: str
+    running: int
+    waiting: int
+    outstanding_tokens: int
+    kv_capacity_tokens: int
+    kv_usage: float
+    device: str
+
+
+@dataclass(frozen=True, kw_only=True)
+class Model:
+    """A served model; ``max_model_len`` counts prompt and completion together, in tokens."""
+
+    name: str
+    architecture: str
+    max_model_len: int
+    vocab_size: int
+    dtype: str
+    replicas: tuple[ReplicaStatus, ...]
+
+
+def chunk_from_proto(message: pb.GenerateChunk) -> Chunk:
+    return Chunk(
+        generation_id=message.generation_id,
+        sequence=message.sequence,
+        candidate_index=message.candidate_index,
+        text=message.text_delta,
+        text_offset=message.text_offset,
+        token_ids=tuple(message.token_ids),
+        token_offset=message.token_offset,
+        logprobs=tuple(logprobs_from_proto(message.logprobs)),
+        seed=message.seed if message.HasField("seed") else None,
+        finish_reason=finish_reason_from_proto(message.finish_reason),
+        usage=_usage_from_proto(message.usage) if message.HasField("usage") else None,
+    )
+
+
+def result_from_proto(message: pb.GenerateResponse) -> GenerationResult:
+    return GenerationResult(
+        generation_id=message.generation_id,
+        model=message.model,
+        seed=message.seed,
+        candidates=tuple(
+            Candidate(
+                index=candidate.index,
+                text=candidate.text,
+                token_ids=tuple(candidate.token_ids),
+                logprobs=tuple(logprobs_from_proto(candidate.logprobs)),
+                finish_reason=finish_reason_from_proto(candidate.finish_reason),
+            )
+            for candidate in sorted(message.candidates, key=lambda candidate: candidate.index)
+        ),
+        usage=_usage_from_proto(message.usage),
+    )
+
+
+def models_from_proto(messages: Iterable[pb.Model]) -> list[Model]:
+    return [model_from_proto(message) for message in messages]
+
+
+def model_from_proto(message: pb.Model) -> Model:
+    return Model(
+        name=message.name,
+        architecture=message.architecture,
+        max_model_len=message.max_model_len,
+        vocab_size=message.vocab_size,
+        dtype=message.dtype,
+        replicas=tuple(_replica_from_proto(replica) for replica in message.replicas),
+    )
+
+
+def _usage_from_proto(message: pb.Usage) -> Usage:
+    return Usage(
+        prompt_tokens=message.prompt_tokens,
+        cached_tokens=message.cached_tokens,
+        completion_tokens=message.completion_tokens,
+    )
+
+
+def _replica_from_proto(message: pb.ReplicaStatus) -> ReplicaStatus:
+    known = message.state in pb.ReplicaState.values()
+    state = pb.ReplicaState.Name(message.state if known else pb.REPLICA_STATE_UNSPECIFIED)
+    return ReplicaStatus(
+        replica_id=message.replica_id,
+        state=state.removeprefix("REPLICA_STATE_").lower(),
+        address=message.address,
+        running=message.running,
+        waiting=message.waiting,
+        outstanding_tokens=message.outstanding_tokens,
+        kv_capacity_tokens=message.kv_capacity_tokens,
+        kv_usage=message.kv_usage,
+        device=message.device,
+    )
