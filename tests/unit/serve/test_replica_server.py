@@ -1,0 +1,380 @@
+"""The replica's end of the stream, with an engine whose steps the tests release one by one."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import queue
+import threading
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+
+import grpc
+import pytest
+
+from cluster.core.request import FinishReason, SamplingParams
+from cluster.core.step import SampledToken
+from cluster.engine.executor import ModelInfo
+from cluster.engine.submission import Delta, EngineLoad, Failure, StepEvents, Submission
+from cluster.errors import CheckpointError, EngineFault, InvalidRequest
+from cluster.serve import replica_server
+from cluster.serve.replica_server import ReplicaServer
+from cluster.v1 import inference_pb2, replica_pb2, replica_pb2_grpc
+from cluster.wire import sampling_to_proto
+
+SECRET = "s3cret"
+MODEL = ModelInfo(
+    architecture="Fake", max_model_len=64, vocab_size=100, eos_token_ids=(0,), dtype="float32", device="cpu",
+    num_blocks=8, block_size=4, backend="fake",
+)  # fmt: skip
+
+
+class StepwiseEngine:
+    """Yields one token per live candidate and step: the submission's number of tokens so far. Waits for ``release``."""
+
+    def __init__(self) -> None:
+        self.model = MODEL
+        self.fault: EngineFault | None = None
+        self.live: dict[tuple[int, int], tuple[Submission, int]] = {}
+        self.permits: queue.SimpleQueue[Exception | None] = queue.SimpleQueue()
+        self.added: queue.SimpleQueue[Submission] = queue.SimpleQueue()
+        self.threads: set[int] = set()
+        self.num_steps = 0
+        self.is_shut_down = threading.Event()
+
+    def release(self, num_steps: int = 1) -> None:
+        for _ in range(num_steps):
+            self.permits.put(None)
+
+    @property
+    def has_work(self) -> bool:
+        return bool(self.live)
+
+    def load(self) -> EngineLoad:
+        running = len(self.live)
+        return EngineLoad(
+            running=running, waiting=0, free_blocks=8 - running, num_blocks=8, queued_tokens=0, num_preemptions=0
+        )
+
+    def add(self, submission: Submission) -> None:
+        if not submission.prompt_token_ids:
+            raise InvalidRequest("the prompt has no tokens", field="prompt")
+        for index in range(submission.sampling.n):
+            self.live[submission.submission_id, index] = (submission, 0)
+        self.added.put(submission)
+
+    def cancel(self, submission_id: int, candidate_index: int | None = None) -> None:
+        for key in [k for k in self.live if k[0] == submission_id and candidate_index in (None, k[1])]:
+            del self.live[key]
+
+    def step(self) -> StepEvents:
+        self.threads.add(threading.get_ident())
+        error = self.permits.get()
+        self.num_steps += 1
+        if isinstance(error, EngineFault):
+            self.fault = error
+            failures = [Failure(submission_id=i, error=error) for i in {key[0] for key in self.live}]
+            self.live.clear()
+            return StepEvents(failures=failures)
+        if error is not None:
+            raise error
+        deltas = []
+        for (submission_id, index), (submission, count) in list(self.live.items()):
+            finished = count + 1 == submission.sampling.max_tokens
+            with_logprobs = submission.sampling.logprobs is not None
+            deltas.append(
+                Delta(
+                    submission_id=submission_id,
+                    candidate_index=index,
+                    token_ids=[count],
+                    logprobs=[SampledToken(token_id=count, logprob=-0.5)] if with_logprobs else [],
+                    finish_reason=FinishReason.LENGTH if finished else None,
+                    cached_tokens=3 if finished else 0,
+                )
+            )
+            if finished:
+                del self.live[submission_id, index]
+            else:
+                self.live[submission_id, index] = (submission, count + 1)
+        return StepEvents(deltas=deltas)
+
+    def shutdown(self) -> None:
+        self.is_shut_down.set()
+
+
+class GatewayStream:
+    """A gateway's end of the stream."""
+
+    def __init__(self, call: grpc.aio.StreamStreamCall) -> None:
+        self.call = call
+
+    async def send(self, **fields: object) -> None:
+        await self.call.write(replica_pb2.GatewayFrame(**fields))
+
+    async def greet(self) -> replica_pb2.ReplicaFrame:
+        await self.send(hello=replica_pb2.GatewayHello(gateway_id="g", protocol_version=1))
+        return await self.call.read()
+
+    async def read_until(self, wanted) -> list[replica_pb2.ReplicaFrame]:
+        """Reads frames up to the first one that ``wanted`` accepts, and returns them all."""
+        frames = []
+        while True:
+            frame = await self.call.read()
+            assert frame is not grpc.aio.EOF, "the replica closed the stream"
+            frames.append(frame)
+            if wanted(frame):
+                return frames
+
+
+class Cluster:
+    """A replica server on a free port and the engine inside it."""
+
+    def __init__(self) -> None:
+        self.engine = StepwiseEngine()
+        self.faults: list[EngineFault] = []
+        self.server = ReplicaServer(
+            lambda: self.engine, replica_id="r1", model="m", secret=SECRET, on_fault=self.faults.append
+        )
+        self.port = 0
+
+    @asynccontextmanager
+    async def connect(self, secret: str = SECRET) -> AsyncIterator[GatewayStream]:
+        async with grpc.aio.insecure_channel(f"127.0.0.1:{self.port}") as channel:
+            call = replica_pb2_grpc.ReplicaServiceStub(channel).Connect(metadata=(("cluster-secret", secret),))
+            try:
+                yield GatewayStream(call)
+            finally:
+                call.cancel()
+
+
+@pytest.fixture
+async def cluster() -> AsyncIterator[Cluster]:
+    cluster = Cluster()
+    cluster.port = await cluster.server.start()
+    yield cluster
+    cluster.engine.release(1000)  # whatever waits in a step may go
+    await cluster.server.stop()
+    assert cluster.engine.is_shut_down.is_set()
+
+
+def submit(wire_id: int, *, prompt=(1, 2, 3), **sampling) -> replica_pb2.Submit:
+    params = SamplingParams(**{"max_tokens": 3, "seed": 7, **sampling})
+    return replica_pb2.Submit(id=wire_id, prompt_token_ids=prompt, sampling=sampling_to_proto(params))
+
+
+def finished(wire_id: int):
+    return lambda frame: any(d.id == wire_id and d.finish_reason for d in frame.deltas)
+
+
+def failed(wire_id: int):
+    return lambda frame: any(f.id == wire_id for f in frame.failures)
+
+
+def tokens(frames: list[replica_pb2.ReplicaFrame], wire_id: int, candidate_index: int = 0) -> list[int]:
+    return [
+        token
+        for frame in frames
+        for delta in frame.deltas
+        if (delta.id, delta.candidate_index) == (wire_id, candidate_index)
+        for token in delta.token_ids
+    ]
+
+
+async def until_added(cluster: Cluster) -> Submission:
+    return await asyncio.to_thread(cluster.engine.added.get, True, 10)
+
+
+async def test_hello_describes_the_model_and_every_frame_has_the_load(cluster: Cluster):
+    async with cluster.connect() as stream:
+        frame = await stream.greet()
+        assert (frame.hello.replica_id, frame.hello.model, frame.hello.architecture) == ("r1", "m", "Fake")
+        assert (frame.hello.max_model_len, frame.hello.vocab_size, frame.hello.kv_capacity_tokens) == (64, 100, 32)
+        assert (frame.hello.protocol_version, frame.load.num_blocks, frame.load.free_blocks) == (1, 8, 8)
+        cluster.engine.release(3)
+        await stream.send(submits=[submit(5)])
+        frames = await stream.read_until(finished(5))
+        assert all(frame.HasField("load") and not frame.HasField("hello") for frame in frames)
+        assert frames[-1].load.running == 0
+
+
+async def test_tokens_arrive_once_in_order_with_finish_reason_and_logprobs(cluster: Cluster):
+    cluster.engine.release(3)
+    async with cluster.connect() as stream:
+        await stream.greet()
+        await stream.send(submits=[submit(9, n=2, logprobs=0), submit(4)])
+        frames = await stream.read_until(finished(4))
+        assert tokens(frames, 9, 0) == tokens(frames, 9, 1) == tokens(frames, 4) == [0, 1, 2]
+        last = [d for d in frames[-1].deltas if d.id == 9][-1]
+        assert last.finish_reason == inference_pb2.FINISH_REASON_LENGTH and last.cached_tokens == 3
+        assert last.logprobs[0].chosen.logprob == -0.5
+        assert not next(d for d in frames[-1].deltas if d.id == 4).logprobs
+
+
+async def test_one_frame_per_step_however_many_sequences_run(cluster: Cluster):
+    async with cluster.connect() as stream:
+        await stream.greet()
+        await stream.send(submits=[submit(i, max_tokens=1) for i in range(33)])
+        cluster.engine.release()
+        frames = await stream.read_until(finished(32))
+        assert len(frames) == 1 and len(frames[0].deltas) == 33
+
+
+async def test_submission_reaches_the_engine_whole(cluster: Cluster):
+    async with cluster.connect() as stream:
+        await stream.greet()
+        message = submit(1, prompt=(7, 8), temperature=0.5, stop_token_ids=(4,), n=2)
+        message.priority = inference_pb2.PRIORITY_P2
+        message.deadline_ms = 60_000
+        await stream.send(submits=[message])
+        submission = await until_added(cluster)
+        assert list(submission.prompt_token_ids) == [7, 8] and submission.priority == 2
+        assert submission.sampling == SamplingParams(max_tokens=3, seed=7, temperature=0.5, stop_token_ids=(4,), n=2)
+        assert submission.deadline is not None
+
+
+@pytest.mark.parametrize("secret", ["", "wrong", SECRET + "x"])
+async def test_without_the_secret_nobody_connects(cluster: Cluster, secret: str):
+    async with cluster.connect(secret) as stream:
+        with contextlib.suppress(grpc.aio.AioRpcError):  # the refusal may come before the frame has gone out
+            await stream.send(hello=replica_pb2.GatewayHello(protocol_version=1), submits=[submit(1)])
+        assert await stream.call.code() == grpc.StatusCode.UNAUTHENTICATED
+    assert cluster.engine.added.empty()
+
+
+async def test_another_protocol_version_is_refused(cluster: Cluster):
+    async with cluster.connect() as stream:
+        await stream.send(hello=replica_pb2.GatewayHello(protocol_version=2), submits=[submit(1)])
+        assert await stream.call.code() == grpc.StatusCode.FAILED_PRECONDITION
+    assert cluster.engine.added.empty()
+
+
+async def test_a_bad_submission_fails_alone_with_its_reason(cluster: Cluster):
+    cluster.engine.release(3)
+    bad_sampling = submit(2)
+    bad_sampling.sampling.top_p = 7.0
+    async with cluster.connect() as stream:
+        await stream.greet()
+        await stream.send(submits=[submit(1, prompt=()), bad_sampling, submit(3)])
+        frames = await stream.read_until(finished(3))
+        failures = {f.id: f for frame in frames for f in frame.failures}
+        assert (failures[1].reason, failures[1].field) == ("INVALID_REQUEST", "prompt")
+        assert (failures[2].reason, failures[2].field) == ("INVALID_REQUEST", "sampling.top_p")
+        assert set(failures) == {1, 2} and tokens(frames, 3) == [0, 1, 2]
+
+
+async def test_cancelled_candidate_is_silent_and_its_sibling_goes_on(cluster: Cluster):
+    async with cluster.connect() as stream:
+        await stream.greet()
+        await stream.send(submits=[submit(1, n=2), submit(2)])
+        await until_added(cluster)
+        cluster.engine.release()
+        first = await stream.read_until(lambda frame: frame.deltas)
+        await stream.send(cancels=[replica_pb2.Cancel(id=1, candidate_index=0), replica_pb2.Cancel(id=2)])
+        await stream.send(submits=[submit(3, max_tokens=1)])  # answered only after the cancels were read
+        cluster.engine.release(4)
+        frames = first + await stream.read_until(finished(3))
+        if not any(finished(1)(frame) for frame in frames):
+            frames += await stream.read_until(finished(1))
+        assert tokens(frames, 1, 1) == [0, 1, 2]
+        # The step that was already under way may still have been delivered before the cancel was read.
+        assert len(tokens(frames, 1, 0)) <= 2 and len(tokens(frames, 2)) <= 2
+        assert not any(d.finish_reason for f in frames for d in f.deltas if d.id == 2)
+
+
+async def test_the_end_of_a_stream_cancels_its_work_and_nobody_elses(cluster: Cluster):
+    async with cluster.connect() as survivor:
+        await survivor.greet()
+        async with cluster.connect() as leaver:
+            await leaver.greet()
+            await leaver.send(submits=[submit(1, max_tokens=60)])
+            await until_added(cluster)
+        await survivor.send(submits=[submit(1, max_tokens=40)])
+        cluster.engine.release(60)
+        frames = await survivor.read_until(finished(1))
+        assert tokens(frames, 1) == list(range(40))
+        assert frames[-1].load.running == 0
+
+
+async def test_other_gateways_hear_when_the_load_changes(cluster: Cluster):
+    async with cluster.connect() as watcher, cluster.connect() as worker:
+        await watcher.greet()
+        await worker.greet()
+        await worker.send(submits=[submit(1, max_tokens=2)])
+        cluster.engine.release(2)
+        await worker.read_until(finished(1))
+        frames = await watcher.read_until(lambda frame: frame.load.running == 0)
+        assert not any(frame.deltas for frame in frames)
+
+
+async def test_draining_refuses_new_work_and_finishes_what_runs(cluster: Cluster):
+    async with cluster.connect() as stream:
+        await stream.greet()
+        await stream.send(submits=[submit(1)])
+        await until_added(cluster)
+        drain = asyncio.create_task(cluster.server.drain(30))
+        await stream.read_until(lambda frame: frame.load.draining)
+        await stream.send(submits=[submit(2)])
+        frames = await stream.read_until(failed(2))
+        assert frames[-1].failures[0].reason == "DRAINING" and not drain.done()
+        cluster.engine.release(3)
+        await stream.read_until(finished(1))
+        assert await drain is True
+
+
+async def test_drain_gives_up_at_its_timeout(cluster: Cluster):
+    async with cluster.connect() as stream:
+        await stream.greet()
+        await stream.send(submits=[submit(1)])
+        await until_added(cluster)
+        assert await cluster.server.drain(0.05) is False
+
+
+@pytest.mark.parametrize("error", [EngineFault("the device is gone"), ZeroDivisionError("a bug")])
+async def test_a_dead_engine_fails_what_ran_and_says_so(cluster: Cluster, error: Exception):
+    async with cluster.connect() as stream:
+        await stream.greet()
+        cluster.server.check()
+        await stream.send(submits=[submit(1), submit(2)])
+        cluster.engine.permits.put(error)
+        frames = await stream.read_until(failed(2))
+        if not any(failed(1)(frame) for frame in frames):
+            frames += await stream.read_until(failed(1))
+        assert {f.reason for frame in frames for f in frame.failures} == {"ENGINE_FAULT"}
+        if not frames[-1].load.draining:
+            await stream.read_until(lambda frame: frame.load.draining)
+        with pytest.raises(EngineFault, match=str(error)):
+            cluster.server.check()
+        assert len(cluster.faults) == 1
+
+
+async def test_a_gateway_that_stops_reading_is_cut_off(cluster: Cluster, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(replica_server, "_MAX_PENDING_DELTAS", 2)
+    async with cluster.connect() as stream:
+        await stream.greet()
+        await stream.send(submits=[submit(i, max_tokens=1) for i in range(3)])
+        await until_added(cluster)
+        cluster.engine.release()
+        with pytest.raises(grpc.aio.AioRpcError) as caught:
+            await stream.read_until(finished(-1))
+        assert caught.value.code() == grpc.StatusCode.RESOURCE_EXHAUSTED
+
+
+async def test_an_idle_engine_is_not_stepped(cluster: Cluster):
+    cluster.engine.release(100)
+    async with cluster.connect() as stream:
+        await stream.greet()
+        await stream.send(submits=[submit(1, max_tokens=5)])
+        await stream.read_until(finished(1))
+        await stream.send(submits=[submit(2, max_tokens=1)])
+        await stream.read_until(finished(2))
+    assert cluster.engine.num_steps == 6 and len(cluster.engine.threads) == 1
+
+
+async def test_what_the_engine_cannot_load_stops_the_start():
+    def create_engine() -> StepwiseEngine:
+        raise CheckpointError("model.safetensors lacks lm_head.weight")
+
+    server = ReplicaServer(create_engine, replica_id="r", model="m", secret=SECRET)
+    with pytest.raises(CheckpointError, match=r"lm_head\.weight"):
+        await server.start()
+    await server.stop()
