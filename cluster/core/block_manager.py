@@ -31,21 +31,16 @@ class BlockManager:
         """The request's blocks, in the order of its tokens; empty where it holds none."""
         return tuple(self._tables.get(request_id, ()))
 
-    def num_missing_blocks(self, request_id: int, num_tokens: int) -> int:
-        """Blocks to add to the request's table so that it holds ``num_tokens`` tokens."""
-        return max(0, -(-num_tokens // self.block_size) - len(self._tables.get(request_id, ())))
-
-    def can_allocate(self, request_id: int, num_tokens: int) -> bool:
-        return self.num_missing_blocks(request_id, num_tokens) <= len(self._free)
-
-    def allocate(self, request_id: int, num_tokens: int) -> tuple[int, ...] | None:
+    def allocate(self, request_id: int, num_tokens: int, *, num_spare_blocks: int = 0) -> tuple[int, ...] | None:
         """Grows the request's table until it holds ``num_tokens`` tokens.
 
         Returns:
-            The blocks that were added, in order, or None when there are too few; nothing has changed then.
+            The blocks that were added, in order, or None when too few are free, or when fewer than ``num_spare_blocks``
+            would stay free; nothing has changed then.
         """
-        missing = self.num_missing_blocks(request_id, num_tokens)
-        if missing > len(self._free):
+        table = self._tables.get(request_id, ())
+        missing = max(0, -(-num_tokens // self.block_size) - len(table))
+        if missing + num_spare_blocks > len(self._free):
             return None
         if missing == 0:
             return ()

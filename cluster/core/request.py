@@ -139,7 +139,7 @@ class Request:
     scheduler.
 
     Attributes:
-        request_id: unique among the scheduler's live requests.
+        request_id: never used twice in a scheduler's life; late results are told apart by it.
         num_prompt_tokens: at least 1.
         max_tokens: completion limit, at least 1; prompt and completion fit the model's context.
         priority: class.

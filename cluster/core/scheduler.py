@@ -1,30 +1,22 @@
-"""What runs in the next step: continuous batching as pure bookkeeping.
-
-There is no prefill or decode phase. Every request has tokens (prompt, then what was sampled) of which some are
-computed; a step computes more of them, and where it reaches a request's last token it samples one more.
-
-    prompt                          sampled      placeholders
-    [0 ........ num_prompt_tokens)  [.........)  [..........)
-    [0 ..... num_computed_tokens)   <- computed or under way
-
-Steps may be planned ahead: ``schedule`` again before ``update`` counts a token that is still being sampled as a
-placeholder. Steps run in order on the device, so blocks that one plan frees may be written by the next.
-"""
+"""What runs in the next step: continuous batching as pure bookkeeping."""
 
 from __future__ import annotations
 
 import bisect
-import heapq
 from collections.abc import Collection
 from dataclasses import dataclass
+from operator import attrgetter
 
 from cluster.core.block_manager import BlockManager
 from cluster.core.config import SchedulerConfig
-from cluster.core.request import FinishReason, Request
+from cluster.core.deadline_queue import DeadlineQueue
+from cluster.core.request import FinishReason, Priority, Request
 from cluster.core.step import ScheduledSequence
+from cluster.core.tracked_request import TrackedRequest
+from cluster.core.waiting_queue import WaitingQueue
+from cluster.errors import InvalidRequest, Overloaded
 
-AGEING_S = 10.0
-"""What one class of priority is worth in waiting time: a P3 goes before every P0 that comes 30 s after it."""
+_URGENCY_KEY = attrgetter("urgency_key")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -34,71 +26,55 @@ class Schedule:
     Attributes:
         scheduled: the sequences' shares; empty when there is nothing to run now.
         started: ids in ``scheduled`` that the worker does not hold: they travel whole.
-        dropped: ids whose state the worker forgets before this step.
+        dropped: ids whose state the worker forgets before this step. They wait for a plan that is not empty.
+        preempted: ids that lost their blocks to others; they start over later.
         expired: ids that ended because their deadline passed.
     """
 
     scheduled: tuple[ScheduledSequence, ...]
     started: tuple[int, ...]
     dropped: tuple[int, ...]
+    preempted: tuple[int, ...]
     expired: tuple[int, ...]
 
 
-class _Tracked:
-    """A live request's counters."""
-
-    __slots__ = ("key", "num_computed_tokens", "num_in_flight", "num_output_tokens", "num_placeholders", "request")
-
-    def __init__(self, request: Request, sequence_number: int) -> None:
-        self.request = request
-        self.key = (request.arrival + AGEING_S * request.priority, sequence_number)
-        self.num_computed_tokens = 0
-        self.num_output_tokens = 0
-        self.num_placeholders = 0
-        self.num_in_flight = 0
-
-    @property
-    def num_tokens(self) -> int:
-        return self.request.num_prompt_tokens + self.num_output_tokens + self.num_placeholders
-
-    @property
-    def num_missing_tokens(self) -> int:
-        """Tokens to compute before the next sample; 0 when every sample it may still draw is under way."""
-        if self.num_output_tokens + self.num_placeholders >= self.request.max_tokens:
-            return 0
-        return self.num_tokens - self.num_computed_tokens
-
-
-def _key(tracked: _Tracked) -> tuple[float, int]:
-    return tracked.key
-
-
 class Scheduler:
-    """Orders requests by class and arrival, and takes their blocks from a BlockManager.
+    """Decides which requests run, and gives them their KV blocks.
 
-    - **Order**: by ``arrival + AGEING_S x class``, waiting and running alike. The key never changes, so every request
-      is overtaken for at most ``3 x AGEING_S`` seconds' worth of arrivals: nothing starves.
-    - **Step**: first every running request that needs one token, then unfinished prompts in chunks, then waiting
-      requests, until ``max_num_batched_tokens`` or ``max_num_seqs`` is reached. Waiting requests start strictly in
-      order; one that does not fit is not overtaken.
-    - **Blocks**: a request takes the blocks of all its known tokens when it starts, and one more whenever it grows
-      into it. When there is none, the running request that is last in order is preempted: its blocks are freed, and
-      it starts over later, prompt and sampled tokens together (recompute), so nothing is lost.
+    There is no prefill or decode phase. Every request has tokens, some of which are computed; a step computes more of
+    them, and where it reaches the last one it samples one more (``TrackedRequest`` draws it).
 
-    ``schedule`` and ``update`` alternate, or several ``schedule`` come before their ``update``s, which then follow in
-    the same order. Not thread-safe.
+    - **Step**: first the running requests that miss one token, most urgent first, then the running ones that miss more
+      (prompts in chunks), then waiting ones in ``WaitingQueue``'s order, as far as ``max_num_batched_tokens`` and
+      ``max_num_seqs`` go. A waiting request whose blocks are not free is not overtaken.
+    - **Blocks**: a request takes the blocks of all its known tokens when it starts, and one more whenever it grows out
+      of them. When none is free, the running request of the lowest class that arrived last is preempted: it gives up
+      its blocks, keeps what it sampled, and starts over later from prompt and samples together. Since ``add`` refuses
+      what the whole pool cannot hold, the most urgent request always gets on.
+    - **Planning ahead**: ``schedule`` may come again before ``update``; a token that is still being sampled counts as a
+      placeholder. The ``update``s follow in the order of the plans. A preempted request waits until its samples under
+      way are in. Steps run in order on the device, so a plan may give away blocks that an earlier one still writes.
+    - **Ends**: a request ends once: stopped or out of tokens (``update``), expired (``schedule``) or cancelled. Results
+      that come after its end are passed over; that is why an id must not come back.
+
+    Pure: ``now`` is any monotonic clock in seconds, the one of the requests' times. Not thread-safe.
+
+    Args:
+        config: limits of the batch and of the queue.
+        block_manager: of the pool; nobody else takes blocks from it.
     """
 
     def __init__(self, config: SchedulerConfig, block_manager: BlockManager) -> None:
         self._config = config
         self._blocks = block_manager
-        self._live: dict[int, _Tracked] = {}
-        self._waiting: list[tuple[tuple[float, int], int]] = []  # heap; entries of ended requests are skipped
-        self._running: list[_Tracked] = []  # sorted by key
-        self._deadlines: list[tuple[float, int]] = []  # heap; likewise
+        self._live: dict[int, TrackedRequest] = {}
+        self._waiting = WaitingQueue()
+        self._running: list[TrackedRequest] = []  # most urgent first
+        self._deadlines = DeadlineQueue()
         self._dropped: list[int] = []
         self._num_added = 0
-        self.num_preemptions = 0
+        self._num_queued_tokens = 0
+        self._num_preemptions = 0
 
     @property
     def num_running(self) -> int:
@@ -106,184 +82,242 @@ class Scheduler:
 
     @property
     def num_waiting(self) -> int:
+        """All that do not run, those that wait for their samples under way included."""
         return len(self._live) - len(self._running)
 
     @property
     def num_queued_tokens(self) -> int:
-        """Prompt (and, after a preemption, sampled) tokens that are still to be computed."""
-        return sum(tracked.num_missing_tokens for tracked in self._live.values())
+        """Tokens of live requests that are neither computed nor in a step under way."""
+        return self._num_queued_tokens
+
+    @property
+    def num_preemptions(self) -> int:
+        """Since the start."""
+        return self._num_preemptions
 
     @property
     def has_work(self) -> bool:
         return bool(self._live)
 
-    def add(self, request: Request) -> None:
-        """Queues a request.
+    def add(self, *requests: Request) -> None:
+        """Queues requests, all of them or none.
 
         Raises:
-            ValueError: its id is live, it asks for nothing, or even alone it would not fit the pool.
+            InvalidRequest: an id is live, a count is below 1, or the whole pool could not hold one of them.
+            Overloaded: more than ``max_num_waiting`` would wait.
         """
-        if request.request_id in self._live:
-            raise ValueError(f"request {request.request_id} is already live")
-        if request.num_prompt_tokens < 1 or request.max_tokens < 1:
-            raise ValueError(f"request {request.request_id} has no prompt or asks for no token")
-        num_tokens = request.num_prompt_tokens + request.max_tokens
-        if num_tokens > self._blocks.num_blocks * self._blocks.block_size:
-            raise ValueError(
-                f"request {request.request_id} may grow to {num_tokens} tokens; the pool holds "
-                f"{self._blocks.num_blocks * self._blocks.block_size}"
+        for request in requests:
+            self._check(request)
+        if len({request.request_id for request in requests}) < len(requests):
+            raise InvalidRequest("two requests have the same id", field="request_id")
+        if self.num_waiting + len(requests) > self._config.max_num_waiting:
+            raise Overloaded(
+                f"{self.num_waiting} sequences wait here and {len(requests)} more came; at most "
+                f"{self._config.max_num_waiting} may wait"
             )
-        tracked = _Tracked(request, self._num_added)
-        self._num_added += 1
-        self._live[request.request_id] = tracked
-        heapq.heappush(self._waiting, (tracked.key, request.request_id))
-        if request.deadline is not None:
-            heapq.heappush(self._deadlines, (request.deadline, request.request_id))
+        for request in requests:
+            tracked = TrackedRequest(request, self._num_added)
+            self._num_added += 1
+            self._live[request.request_id] = tracked
+            self._waiting.push(tracked)
+            self._num_queued_tokens += tracked.num_missing_tokens
+            if request.deadline is not None:
+                self._deadlines.add(request.request_id, request.deadline)
 
     def cancel(self, request_id: int) -> bool:
-        """Ends a request at once and frees its blocks. False: it had already ended, or never was."""
+        """Ends a request and frees its blocks at once. False: it has ended already, or never was."""
         tracked = self._live.get(request_id)
-        if tracked is None:
-            return False
-        self._end(tracked)
-        return True
+        if tracked is not None:
+            self._end(tracked)
+        return tracked is not None
 
     def schedule(self, now: float) -> Schedule:
-        """Plans the next step. Requests whose deadline has come end here."""
-        expired = self._expire(now)
+        """Plans the next step. Requests whose deadline is ``now`` or earlier end here."""
+        expired = self._deadlines.pop_expired(now)
+        for request_id in expired:
+            self._end(self._live[request_id])
         scheduled: list[ScheduledSequence] = []
-        started: list[int] = []
         budget = self._config.max_num_batched_tokens
-        preempted, budget = self._continue_decodes(scheduled, budget)
-        budget = self._continue_prompts(scheduled, budget)
-        if not preempted:
-            self._start_waiting(scheduled, started, budget)
-        dropped: tuple[int, ...] = ()
+        partial, preempted = self._grow_running(scheduled, budget)
+        budget -= len(scheduled)
+        for tracked in partial:
+            if budget == 0:
+                break
+            budget -= self._advance(tracked, budget, (), scheduled)
+        # Whoever was just preempted would take back the blocks that others lacked.
+        started = [] if preempted else self._admit_waiting(scheduled, budget, now)
+        dropped: list[int] = []
         if scheduled:
-            dropped, self._dropped = tuple(self._dropped), []
-        return Schedule(scheduled=tuple(scheduled), started=tuple(started), dropped=dropped, expired=expired)
+            dropped, self._dropped = self._dropped, []
+        return Schedule(
+            scheduled=tuple(scheduled),
+            started=tuple(started),
+            dropped=tuple(dropped),
+            preempted=tuple(preempted),
+            expired=tuple(expired),
+        )
 
     def update(self, schedule: Schedule, stopped: Collection[int]) -> list[tuple[int, FinishReason]]:
-        """Takes in a step's result.
+        """Takes in a step's result: every live sequence that was to sample has one token more.
 
         Args:
-            schedule: the plan that was run, oldest first.
+            schedule: the plan that was run, the oldest not yet taken in.
             stopped: ids whose sampled token ends them.
 
         Returns:
-            The requests that ended with this step, and why. What had ended before is passed over.
+            The requests that ended with this step, and why.
         """
         finished: list[tuple[int, FinishReason]] = []
-        for sequence in schedule.scheduled:
-            tracked = self._live.get(sequence.sequence_id)
-            if tracked is None:
+        for share in schedule.scheduled:
+            tracked = self._live.get(share.sequence_id)
+            if tracked is None or not share.samples:
                 continue
-            tracked.num_in_flight -= 1
-            if sequence.samples:
-                tracked.num_placeholders -= 1
-                tracked.num_output_tokens += 1
-                if sequence.sequence_id in stopped:
-                    finished.append((sequence.sequence_id, FinishReason.STOP))
-                elif tracked.num_output_tokens >= tracked.request.max_tokens:
-                    finished.append((sequence.sequence_id, FinishReason.LENGTH))
-        for request_id, _ in finished:
-            self._end(self._live[request_id])
+            tracked.num_placeholders -= 1
+            tracked.num_output_tokens += 1
+            if share.sequence_id in stopped:
+                finished.append((share.sequence_id, FinishReason.STOP))
+                self._end(tracked)
+            elif tracked.num_output_tokens == tracked.request.max_tokens:
+                finished.append((share.sequence_id, FinishReason.LENGTH))
+                self._end(tracked)
+            elif not tracked.running and tracked.num_placeholders == 0:
+                self._waiting.push(tracked)
         return finished
 
     def check_integrity(self) -> None:
-        """Raises RuntimeError where the books do not balance."""
+        """Raises RuntimeError where the books do not balance. Costs O(requests + blocks)."""
         self._blocks.check_integrity()
-        if self._running != sorted(self._running, key=_key) or len(self._running) > self._config.max_num_seqs:
-            raise RuntimeError("the running batch is out of order or over its limit")
-        if not self._live and self._blocks.num_free_blocks != self._blocks.num_blocks:
-            raise RuntimeError(f"idle, but {self._blocks.num_blocks - self._blocks.num_free_blocks} blocks are held")
+        if self._running != sorted(self._running, key=_URGENCY_KEY) or not all(t.running for t in self._running):
+            raise RuntimeError("the running batch is out of order")
+        num_held = 0
+        for request_id, tracked in self._live.items():
+            num_blocks = len(self._blocks.block_table(request_id))
+            num_held += num_blocks
+            if (
+                tracked.running != (num_blocks > 0)
+                or tracked.num_computed_tokens > num_blocks * self._blocks.block_size
+            ):
+                raise RuntimeError(
+                    f"request {request_id} has {tracked.num_computed_tokens} computed tokens in {num_blocks} blocks"
+                )
+        if num_held + self._blocks.num_free_blocks != self._blocks.num_blocks:
+            raise RuntimeError(
+                f"{num_held} of {self._blocks.num_blocks} blocks are held by live requests, not all others are free"
+            )
+        if self._num_queued_tokens != sum(tracked.num_missing_tokens for tracked in self._live.values()):
+            raise RuntimeError(f"{self._num_queued_tokens} queued tokens were counted, and they are not there")
 
-    def _expire(self, now: float) -> tuple[int, ...]:
-        expired: list[int] = []
-        while self._deadlines and self._deadlines[0][0] <= now:
-            _, request_id = heapq.heappop(self._deadlines)
-            if self.cancel(request_id):
-                expired.append(request_id)
-        return tuple(expired)
+    def _check(self, request: Request) -> None:
+        if request.request_id in self._live:
+            raise InvalidRequest(f"request {request.request_id} is already live", field="request_id")
+        if request.num_prompt_tokens < 1 or request.max_tokens < 1:
+            raise InvalidRequest(
+                f"request {request.request_id} has {request.num_prompt_tokens} prompt tokens and asks for "
+                f"{request.max_tokens}; both must be at least 1"
+            )
+        # The last sampled token is never computed.
+        num_tokens = request.num_prompt_tokens + request.max_tokens - 1
+        capacity = self._blocks.num_blocks * self._blocks.block_size
+        if num_tokens > capacity:
+            raise InvalidRequest(
+                f"request {request.request_id} needs KV for up to {num_tokens} tokens; the whole pool holds {capacity}",
+                field="sampling.max_tokens",
+            )
 
-    def _continue_decodes(self, scheduled: list[ScheduledSequence], budget: int) -> tuple[bool, int]:
-        """One token for every running request that needs just one. Whoever is preempted comes later in order than the
-        request that needs the block, so it has no share in this step yet."""
-        preempted = False
+    def _grow_running(self, scheduled: list[ScheduledSequence], budget: int) -> tuple[list[TrackedRequest], list[int]]:
+        """Schedules running requests that miss one token; returns those that miss more, and who was preempted.
+
+        The batch is walked from its most urgent end and preempted from the other, so nobody loses blocks after his
+        share of this step is booked. Those that miss more have their blocks since they started.
+        """
+        partial: list[TrackedRequest] = []
+        preempted: list[int] = []
         index = 0
-        while index < len(self._running) and budget > 0:
+        while index < len(self._running):
             tracked = self._running[index]
-            if tracked.num_missing_tokens == 1:
-                new_blocks = self._blocks.allocate(tracked.request.request_id, tracked.num_tokens)
-                while new_blocks is None:
-                    preempted = True
-                    last = self._running[-1]
-                    self._preempt(last)
-                    if last is tracked:
-                        break
-                    new_blocks = self._blocks.allocate(tracked.request.request_id, tracked.num_tokens)
-                if new_blocks is None:
-                    break
-                scheduled.append(self._advance(tracked, 1, new_blocks))
-                budget -= 1
             index += 1
-        return preempted, budget
+            num_missing_tokens = tracked.num_missing_tokens
+            if num_missing_tokens > 1:
+                partial.append(tracked)
+            elif budget > 0 and not tracked.is_sampled_out:
+                new_blocks = self._allocate(tracked, preempted)
+                if new_blocks is not None:
+                    budget -= self._advance(tracked, 1, new_blocks, scheduled)
+        return partial, preempted
 
-    def _continue_prompts(self, scheduled: list[ScheduledSequence], budget: int) -> int:
-        for tracked in self._running:
-            if budget == 0:
-                break
-            if (missing := tracked.num_missing_tokens) > 1:
-                scheduled.append(self._advance(tracked, min(missing, budget), ()))
-                budget -= min(missing, budget)
-        return budget
+    def _allocate(self, tracked: TrackedRequest, preempted: list[int]) -> tuple[int, ...] | None:
+        """Blocks for all tokens of a running request, taken from the least urgent if need be; None: that is itself."""
+        while True:
+            new_blocks = self._blocks.allocate(tracked.request.request_id, tracked.num_tokens)
+            if new_blocks is not None:
+                return new_blocks
+            victim = self._running[-1]
+            self._preempt(victim)
+            preempted.append(victim.request.request_id)
+            if victim is tracked:
+                return None
 
-    def _start_waiting(self, scheduled: list[ScheduledSequence], started: list[int], budget: int) -> None:
-        while self._waiting and budget > 0 and len(self._running) < self._config.max_num_seqs:
-            _, request_id = self._waiting[0]
-            tracked = self._live.get(request_id)
+    def _admit_waiting(self, scheduled: list[ScheduledSequence], budget: int, now: float) -> list[int]:
+        started: list[int] = []
+        while budget > 0 and len(self._running) < self._config.max_num_seqs:
+            tracked = self._waiting.peek(now)
             if tracked is None:
-                heapq.heappop(self._waiting)
-                continue
-            if tracked.num_in_flight:
-                break  # preempted with a sample under way: its tokens are not all known yet
-            new_blocks = self._blocks.allocate(request_id, tracked.num_tokens)
+                break
+            request_id = tracked.request.request_id
+            # Those that run grow into new blocks soon: without one spare for each, whoever starts now would be
+            # preempted before its prompt has paid off.
+            new_blocks = self._blocks.allocate(request_id, tracked.num_tokens, num_spare_blocks=len(self._running))
             if new_blocks is None:
                 break
-            heapq.heappop(self._waiting)
-            bisect.insort(self._running, tracked, key=_key)
-            num_new_tokens = min(tracked.num_missing_tokens, budget)
-            scheduled.append(self._advance(tracked, num_new_tokens, new_blocks))
+            if self._waiting.admit(tracked, now):
+                tracked.priority = Priority.P0
+            tracked.running = True
+            bisect.insort(self._running, tracked, key=_URGENCY_KEY)
             started.append(request_id)
-            budget -= num_new_tokens
+            budget -= self._advance(tracked, budget, new_blocks, scheduled)
+        return started
 
-    def _advance(self, tracked: _Tracked, num_new_tokens: int, new_blocks: tuple[int, ...]) -> ScheduledSequence:
-        samples = tracked.num_computed_tokens + num_new_tokens == tracked.num_tokens
-        sequence = ScheduledSequence(
-            sequence_id=tracked.request.request_id,
-            num_computed_tokens=tracked.num_computed_tokens,
-            num_new_tokens=num_new_tokens,
-            new_block_ids=new_blocks,
-            samples=samples,
+    def _advance(
+        self, tracked: TrackedRequest, budget: int, new_blocks: tuple[int, ...], scheduled: list[ScheduledSequence]
+    ) -> int:
+        """Books a share of this step of at most ``budget`` tokens; returns its size."""
+        num_missing_tokens = tracked.num_missing_tokens
+        num_new_tokens = min(num_missing_tokens, budget)
+        samples = num_new_tokens == num_missing_tokens
+        scheduled.append(
+            ScheduledSequence(
+                sequence_id=tracked.request.request_id,
+                num_computed_tokens=tracked.num_computed_tokens,
+                num_new_tokens=num_new_tokens,
+                new_block_ids=new_blocks,
+                samples=samples,
+            )
         )
         tracked.num_computed_tokens += num_new_tokens
-        tracked.num_in_flight += 1
         tracked.num_placeholders += samples
-        return sequence
+        self._num_queued_tokens += samples - num_new_tokens
+        return num_new_tokens
 
-    def _preempt(self, tracked: _Tracked) -> None:
-        self._leave_running(tracked)
+    def _preempt(self, tracked: TrackedRequest) -> None:
+        self._stop_running(tracked)
+        self._num_preemptions += 1
+        self._num_queued_tokens += tracked.num_computed_tokens
         tracked.num_computed_tokens = 0
-        self.num_preemptions += 1
-        heapq.heappush(self._waiting, (tracked.key, tracked.request.request_id))
+        if tracked.num_placeholders == 0:
+            self._waiting.push(tracked)
 
-    def _end(self, tracked: _Tracked) -> None:
-        del self._live[tracked.request.request_id]
-        self._leave_running(tracked)
+    def _end(self, tracked: TrackedRequest) -> None:
+        request_id = tracked.request.request_id
+        del self._live[request_id]
+        self._deadlines.discard(request_id)
+        self._num_queued_tokens -= tracked.num_missing_tokens
+        if tracked.running:
+            self._stop_running(tracked)
+        else:
+            self._waiting.remove(tracked)
 
-    def _leave_running(self, tracked: _Tracked) -> None:
-        index = bisect.bisect_left(self._running, tracked.key, key=_key)
-        if index < len(self._running) and self._running[index] is tracked:
-            del self._running[index]
-            self._blocks.free(tracked.request.request_id)
-            self._dropped.append(tracked.request.request_id)
+    def _stop_running(self, tracked: TrackedRequest) -> None:
+        del self._running[bisect.bisect_left(self._running, tracked.urgency_key, key=_URGENCY_KEY)]
+        tracked.running = False
+        self._blocks.free(tracked.request.request_id)
+        self._dropped.append(tracked.request.request_id)

@@ -9,14 +9,14 @@ from collections.abc import Callable
 from dataclasses import replace
 
 from cluster.core.block_manager import BlockManager
-from cluster.core.request import FinishReason, Request
+from cluster.core.request import Request
 from cluster.core.scheduler import Schedule, Scheduler
 from cluster.core.step import SampledToken, StepInput, StepOutput
 from cluster.engine.config import EngineConfig
 from cluster.engine.executor import Executor, ModelInfo
 from cluster.engine.sequence import Sequence
 from cluster.engine.submission import Delta, EngineLoad, Failure, StepEvents, Submission
-from cluster.errors import ClusterError, DeadlineExceeded, EngineFault, InvalidRequest, Overloaded
+from cluster.errors import AlreadyExists, DeadlineExceeded, EngineFault, InvalidRequest
 
 
 class Engine:
@@ -32,7 +32,6 @@ class Engine:
 
     def __init__(self, executor: Executor, config: EngineConfig, clock: Callable[[], float] = time.monotonic) -> None:
         self._executor = executor
-        self._config = config
         self._clock = clock
         self._blocks = BlockManager(executor.model.num_blocks, executor.model.block_size)
         self._scheduler = Scheduler(config.scheduler, self._blocks)
@@ -77,11 +76,12 @@ class Engine:
 
         Raises:
             InvalidRequest: it can never run here; the error names the field.
+            AlreadyExists: a submission of that id is live.
             Overloaded: too many sequences wait already.
-            EngineFault: the engine is dead.
+            EngineFault: the engine is dead, or shut down.
         """
         if self._fault is not None:
-            raise self._fault
+            raise EngineFault(self._fault.message)
         self._validate(submission)
         sampling = submission.sampling
         room = self.max_model_len - len(submission.prompt_token_ids)
@@ -89,35 +89,41 @@ class Engine:
         seed = self._seeds.getrandbits(64) if sampling.seed is None else sampling.seed
         sampling = replace(sampling, seed=seed, max_tokens=max_tokens, min_tokens=min(sampling.min_tokens, max_tokens))
         eos_token_ids = () if sampling.ignore_eos else self.model.eos_token_ids
-        now = self._clock()
-        candidates = self._candidates[submission.submission_id] = {}
-        for candidate_index in range(sampling.n):
-            sequence = Sequence(
-                sequence_id=self._num_sequences,
+        sequences = [
+            Sequence(
+                sequence_id=self._num_sequences + candidate_index,
                 submission_id=submission.submission_id,
                 candidate_index=candidate_index,
-                prompt_token_ids=list(submission.prompt_token_ids),
+                prompt_token_ids=submission.prompt_token_ids,
                 sampling=sampling,
                 stop_token_ids=(*eos_token_ids, *sampling.stop_token_ids),
             )
-            self._num_sequences += 1
-            self._scheduler.add(
+            for candidate_index in range(sampling.n)
+        ]
+        arrival = self._clock()
+        self._scheduler.add(
+            *(
                 Request(
                     request_id=sequence.sequence_id,
                     num_prompt_tokens=sequence.num_prompt_tokens,
                     max_tokens=max_tokens,
                     priority=submission.priority,
-                    arrival=now,
+                    arrival=arrival,
                     deadline=submission.deadline,
                 )
+                for sequence in sequences
             )
-            self._sequences[sequence.sequence_id] = sequence
-            candidates[candidate_index] = sequence.sequence_id
+        )
+        self._num_sequences += sampling.n
+        self._sequences.update((sequence.sequence_id, sequence) for sequence in sequences)
+        self._candidates[submission.submission_id] = {
+            sequence.candidate_index: sequence.sequence_id for sequence in sequences
+        }
 
     def _validate(self, submission: Submission) -> None:
         prompt, model = submission.prompt_token_ids, self.model
         if submission.submission_id in self._candidates:
-            raise InvalidRequest(f"submission {submission.submission_id} is already live", field="id")
+            raise AlreadyExists(f"submission {submission.submission_id} is live", field="id")
         if not prompt:
             raise InvalidRequest("the prompt has no tokens", field="prompt")
         if min(prompt) < 0 or max(prompt) >= model.vocab_size:
@@ -136,9 +142,6 @@ class Engine:
                 field="prompt",
             )
         submission.sampling.check_vocabulary(model.vocab_size)
-        limit = self._config.scheduler.max_num_waiting
-        if self._scheduler.num_waiting + submission.sampling.n > limit:
-            raise Overloaded(f"{self._scheduler.num_waiting} sequences wait in this engine; the limit is {limit}")
 
     def cancel(self, submission_id: int, candidate_index: int | None = None) -> None:
         """Ends a submission, or one candidate of it, at once; no event follows. What has ended is ignored."""
@@ -157,19 +160,20 @@ class Engine:
         try:
             while len(self._in_flight) < self._executor.max_in_flight:
                 schedule = self._scheduler.schedule(self._clock())
-                self._fail_expired(schedule, events)
+                events.failures.extend(self._fail_expired(schedule))
                 if not schedule.scheduled:
                     break
                 self._executor.submit(self._step_input(schedule))
                 self._in_flight.append(schedule)
             if self._in_flight:
-                self._process(self._in_flight.popleft(), self._executor.collect(), events)
+                events.deltas.extend(self._take_in(self._in_flight.popleft(), self._executor.collect()))
         except EngineFault as fault:
-            self._die(fault, events)
+            events.failures.extend(self._die(fault))
         return events
 
     def shutdown(self) -> None:
-        """Releases the model. Live submissions end without an event."""
+        """Releases the model. Live submissions end without an event. Idempotent."""
+        self._die(EngineFault("the engine is shut down"))
         self._executor.shutdown()
 
     def check_integrity(self) -> None:
@@ -188,51 +192,54 @@ class Engine:
             dropped=schedule.dropped,
         )
 
-    def _process(self, schedule: Schedule, output: StepOutput, events: StepEvents) -> None:
+    def _take_in(self, schedule: Schedule, output: StepOutput) -> list[Delta]:
         stopped: set[int] = set()
         sampled: list[tuple[Sequence, SampledToken]] = []
-        for sequence_id, token in output.sampled.items():
-            sequence = self._sequences.get(sequence_id)
-            if sequence is None:
-                continue  # ended while its step was under way
+        for share in schedule.scheduled:
+            sequence = self._sequences.get(share.sequence_id)
+            if not share.samples or sequence is None:  # None: it ended while this step was under way
+                continue
+            token = output.sampled.get(share.sequence_id)
+            if token is None:
+                raise EngineFault(f"step {output.step_id} came back without the token of sequence {share.sequence_id}")
             if sequence.append(token.token_id):
-                stopped.add(sequence_id)
+                stopped.add(share.sequence_id)
             sampled.append((sequence, token))
-        finished: dict[int, FinishReason] = dict(self._scheduler.update(schedule, stopped))
-        for sequence, token in sampled:
-            events.deltas.append(
-                Delta(
-                    submission_id=sequence.submission_id,
-                    candidate_index=sequence.candidate_index,
-                    token_ids=[token.token_id],
-                    logprobs=[] if sequence.sampling.logprobs is None else [token],
-                    finish_reason=finished.get(sequence.sequence_id),
-                    cached_tokens=0,
-                )
-            )
+        finished = dict(self._scheduler.update(schedule, stopped))
         for sequence_id in finished:
             self._forget(sequence_id)
+        return [
+            Delta(
+                submission_id=sequence.submission_id,
+                candidate_index=sequence.candidate_index,
+                token_ids=[token.token_id],
+                logprobs=[] if sequence.sampling.logprobs is None else [token],
+                finish_reason=finished.get(sequence.sequence_id),
+                cached_tokens=0,
+            )
+            for sequence, token in sampled
+        ]
 
-    def _fail_expired(self, schedule: Schedule, events: StepEvents) -> None:
+    def _fail_expired(self, schedule: Schedule) -> list[Failure]:
+        failures: list[Failure] = []
         for sequence_id in schedule.expired:
             sequence = self._sequences.get(sequence_id)
-            if sequence is not None:  # else a sibling's expiry has ended the submission already
-                self.cancel(sequence.submission_id)
-                events.failures.append(
-                    Failure(
-                        submission_id=sequence.submission_id,
-                        error=DeadlineExceeded("the deadline passed before the last token"),
-                    )
-                )
-                self._forget(sequence_id)
+            if sequence is None:  # the expiry of another candidate has ended the submission
+                continue
+            self.cancel(sequence.submission_id)
+            error = DeadlineExceeded(
+                f"the deadline passed after {sequence.num_output_tokens} tokens of candidate {sequence.candidate_index}"
+            )
+            failures.append(Failure(submission_id=sequence.submission_id, error=error))
+        return failures
 
-    def _die(self, fault: EngineFault, events: StepEvents) -> None:
+    def _die(self, fault: EngineFault) -> list[Failure]:
         self._fault = fault
         self._in_flight.clear()
-        for submission_id in list(self._candidates):
-            self.cancel(submission_id)
-            error: ClusterError = fault
-            events.failures.append(Failure(submission_id=submission_id, error=error))
+        failures = [Failure(submission_id=submission_id, error=fault) for submission_id in self._candidates]
+        for failure in failures:
+            self.cancel(failure.submission_id)
+        return failures
 
     def _forget(self, sequence_id: int) -> None:
         sequence = self._sequences.pop(sequence_id, None)

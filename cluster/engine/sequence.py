@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+
 from cluster.core.request import SamplingParams
 from cluster.core.step import NewSequence
 
@@ -30,7 +32,7 @@ class Sequence:
         sequence_id: int,
         submission_id: int,
         candidate_index: int,
-        prompt_token_ids: list[int],
+        prompt_token_ids: Iterable[int],
         sampling: SamplingParams,
         stop_token_ids: tuple[int, ...],
     ) -> None:
@@ -38,15 +40,18 @@ class Sequence:
         self.submission_id = submission_id
         self.candidate_index = candidate_index
         self.token_ids = list(prompt_token_ids)
-        self.num_prompt_tokens = len(prompt_token_ids)
+        self.num_prompt_tokens = len(self.token_ids)
         self.sampling = sampling
         self.stop_token_ids = stop_token_ids
+
+    @property
+    def num_output_tokens(self) -> int:
+        return len(self.token_ids) - self.num_prompt_tokens
 
     def append(self, token_id: int) -> bool:
         """Adds a sampled token; whether it ends the text."""
         self.token_ids.append(token_id)
-        num_output_tokens = len(self.token_ids) - self.num_prompt_tokens
-        return token_id in self.stop_token_ids and num_output_tokens > self.sampling.min_tokens
+        return token_id in self.stop_token_ids and self.num_output_tokens > self.sampling.min_tokens
 
     def whole(self) -> NewSequence:
         """All of it, for a worker that does not hold it."""
