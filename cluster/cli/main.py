@@ -1,2 +1,119 @@
+"""The ``cluster`` command: its subcommands, and what their failures look like outside."""
+
+from __future__ import annotations
+
+import os
+import sys
+from dataclasses import dataclass
+from importlib import import_module, metadata
+from typing import Annotated, Any
+
+import typer
+from typer.core import TyperCommand, TyperGroup
+
+from cluster.errors import ClusterError, ServerUnreachable
+
+EXIT_FAILED = 1
+EXIT_UNREACHABLE = 3
+EXIT_INTERRUPTED = 130
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Entry:
+    """A command of the table: ``function`` names it inside ``module``, which is imported when the command runs."""
+
+    module: str
+    function: str
+    help: str
+
+
+_COMMANDS = {
+    "serve": _Entry(module="cluster.cli.serve", function="serve", help="Serve models over gRPC on this machine."),
+    "generate": _Entry(module="cluster.cli.generate", function="generate", help="Continue a text."),
+    "chat": _Entry(module="cluster.cli.chat", function="chat", help="Talk with a model that has a chat template."),
+    "models": _Entry(module="cluster.cli.models", function="models", help="List the models that a server has."),
+    "status": _Entry(module="cluster.cli.status", function="status", help="Show a server's health and its replicas."),
+}
+
+_EPILOGUE = """\
+[bold]Examples[/bold]
+  cluster serve                             the embedded model, 127.0.0.1:50051
+  cluster serve ~/models/Qwen3-0.6B         a Hugging Face directory
+  cluster generate "import " --max-tokens 64 --temperature 0
+  cat prompt.txt | cluster generate - --json
+  cluster status --address 10.0.0.7:50051
+
+[bold]Exit codes[/bold]
+  0    done
+  1    the server refused or failed, or is not healthy
+  2    wrong usage
+  3    no server answers at the address
+  130  interrupted by Ctrl-C"""
+
+
+class _LazyCommand(TyperCommand):
+    """Listed by name and help alone, so that ``cluster --help`` imports no command; becomes the real one to run."""
+
+    def __init__(self, name: str, entry: _Entry) -> None:
+        super().__init__(name, help=entry.help)
+        self._entry = entry
+
+    def make_context(self, info_name: str | None, args: list[str], parent: Any = None, **extra: Any) -> Any:
+        app = typer.Typer(add_completion=False)
+        function = getattr(import_module(self._entry.module), self._entry.function)
+        app.command(self.name)(function)
+        return typer.main.get_command(app).make_context(info_name, args, parent=parent, **extra)
+
+
+class _ClusterGroup(TyperGroup):
+    """The subcommands. Their errors become one line on standard error and an exit code."""
+
+    def __init__(self, **attributes: Any) -> None:
+        super().__init__(**attributes)
+        for name, entry in _COMMANDS.items():
+            self.add_command(_LazyCommand(name, entry))
+
+    def invoke(self, ctx: Any) -> Any:
+        try:
+            result = super().invoke(ctx)
+            sys.stdout.flush()  # so that a reader who left is noticed here
+            return result
+        except ClusterError as error:
+            typer.echo(f"error: {error}", err=True)
+            raise typer.Exit(EXIT_UNREACHABLE if isinstance(error, ServerUnreachable) else EXIT_FAILED) from None
+        except KeyboardInterrupt:
+            raise typer.Exit(EXIT_INTERRUPTED) from None
+        except BrokenPipeError:
+            # As with ``| head``: the reader has what it wanted. Python flushes once more at exit, into nothing then.
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+            raise typer.Exit(0) from None
+
+
+def _print_version(wanted: bool) -> None:
+    if wanted:
+        typer.echo(f"cluster {metadata.version('llm-cluster')}")
+        raise typer.Exit
+
+
+app = typer.Typer(
+    cls=_ClusterGroup,
+    epilog=_EPILOGUE,
+    rich_markup_mode="rich",
+    add_completion=False,
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+
+
+@app.callback()
+def cluster(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_print_version, is_eager=True, help="Print the version and leave.")
+    ] = False,
+) -> None:
+    """Serve large language models, and talk to them."""
+
+
 def main() -> None:
-    raise SystemExit("not built yet")
+    app(prog_name="cluster")

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import fields, replace
-from typing import TypedDict
+from typing import Any, TypedDict
 
 from cluster.core.request import Priority, SamplingParams
 from cluster.errors import InvalidRequest
@@ -94,7 +94,7 @@ def _request(sampling: SamplingParams | None, options: GenerateOptions) -> pb.Ge
     unknown = options.keys() - GenerateOptions.__annotations__.keys()
     if unknown:
         raise TypeError(f"unexpected keyword arguments: {', '.join(sorted(unknown))}")
-    overrides = {name: value for name, value in options.items() if name in _SAMPLING_FIELDS}
+    overrides: dict[str, Any] = {name: value for name, value in options.items() if name in _SAMPLING_FIELDS}
     return pb.GenerateRequest(
         model=options.get("model", ""),
         request_id=options.get("request_id", ""),
