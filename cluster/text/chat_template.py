@@ -7,14 +7,40 @@ from datetime import datetime
 from pathlib import Path
 from typing import Any, NoReturn
 
-from jinja2 import TemplateError
-from jinja2.ext import loopcontrols
+from jinja2 import TemplateError, nodes
+from jinja2.exceptions import SecurityError
+from jinja2.ext import Extension, loopcontrols
+from jinja2.parser import Parser
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 
 from cluster.errors import CheckpointError, InvalidRequest
 
 # Far more than any context holds; a template that writes without end stops here.
 _MAX_CHARS = 64 * 2**20
+
+
+class _Environment(ImmutableSandboxedEnvironment):
+    """The sandbox, without ways to fill the memory in one expression."""
+
+    intercepted_binops = frozenset(["*", "**"])
+
+    def call_binop(self, context: Any, operator: str, left: Any, right: Any) -> Any:
+        if operator == "**":
+            raise SecurityError("powers are not allowed")
+        for value, times in ((left, right), (right, left)):
+            if isinstance(value, str | list | tuple) and isinstance(times, int) and len(value) * times > _MAX_CHARS:
+                raise SecurityError("the product would be too large")
+        return super().call_binop(context, operator, left, right)
+
+
+class _Generation(Extension):
+    """``{% generation %}`` marks the assistant's part, for training; here it only encloses it."""
+
+    tags = {"generation"}  # noqa: RUF012
+
+    def parse(self, parser: Parser) -> nodes.Node:
+        line = next(parser.stream).lineno
+        return nodes.Scope(parser.parse_statements(("name:endgeneration",), drop_needle=True), lineno=line)
 
 
 class ChatTemplate:
@@ -26,12 +52,13 @@ class ChatTemplate:
     """
 
     def __init__(self, source: str, variables: dict[str, str]) -> None:
-        environment = ImmutableSandboxedEnvironment(trim_blocks=True, lstrip_blocks=True, extensions=[loopcontrols])
+        environment = _Environment(trim_blocks=True, lstrip_blocks=True, extensions=[loopcontrols, _Generation])
         environment.filters["tojson"] = _to_json
         environment.globals["raise_exception"] = _raise
         environment.globals["strftime_now"] = lambda form: datetime.now().strftime(form)
         self._template = environment.from_string(source)
-        self._variables = variables
+        # Templates test these with "is none": they must be defined.
+        self._variables = {"tools": None, "documents": None} | variables
 
     @classmethod
     def from_checkpoint(cls, directory: Path, settings: dict[str, Any]) -> ChatTemplate | None:
@@ -72,9 +99,9 @@ class ChatTemplate:
                 pieces.append(piece)
                 if (length := length + len(piece)) > _MAX_CHARS:
                     raise InvalidRequest("the chat becomes too long a text", field="chat")
-        except (TemplateError, TypeError, ValueError, OverflowError, MemoryError) as error:
-            if isinstance(error, InvalidRequest):
-                raise
+        except InvalidRequest:
+            raise
+        except Exception as error:  # a template may fail in every way that code can
             raise InvalidRequest(f"the model's chat template refuses these messages: {error}", field="chat") from error
         return "".join(pieces)
 
@@ -83,6 +110,12 @@ def _raise(message: str) -> NoReturn:
     raise TemplateError(message)
 
 
-def _to_json(value: object, indent: int | None = None, **options: Any) -> str:
+def _to_json(
+    value: object,
+    ensure_ascii: bool = False,
+    indent: int | None = None,
+    separators: tuple[str, str] | None = None,
+    sort_keys: bool = False,
+) -> str:
     # Jinja2's own tojson escapes for HTML, which is not what a model was trained on.
-    return json.dumps(value, ensure_ascii=False, indent=indent, **options)
+    return json.dumps(value, ensure_ascii=ensure_ascii, indent=indent, separators=separators, sort_keys=sort_keys)

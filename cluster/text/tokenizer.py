@@ -12,8 +12,10 @@ import tokenizers
 from cluster.errors import CheckpointError, InvalidRequest
 from cluster.text.chat_template import ChatTemplate
 
-# Tokenizing takes about 0.3 us per character; a longer text leaves the event loop.
+# Up to 200 us: tokenizing takes 0.2 us per ASCII character, 0.6 us per emoji. Longer texts leave the event loop.
 _MAX_INLINE_CHARS = 1024
+_MAX_INLINE_CHARS_NOT_ASCII = 256
+_TOKEN_FLAGS = ("special", "normalized", "lstrip", "rstrip", "single_word")
 
 
 class Tokenizer:
@@ -53,6 +55,11 @@ class Tokenizer:
         """
         backend = _load_backend(directory / "tokenizer.json")
         settings = _read_json(directory / "tokenizer_config.json", required=False)
+        try:
+            _add_tokens(backend, settings)
+        except (AttributeError, KeyError, TypeError, ValueError) as error:
+            file = directory / "tokenizer_config.json"
+            raise CheckpointError(f"{file}: the special or added tokens are not as expected: {error!r}") from error
         config = _read_json(directory / "config.json", required=True)
         vocab_size = (config.get("text_config") or config).get("vocab_size")
         if not isinstance(vocab_size, int) or vocab_size < 1:
@@ -72,7 +79,7 @@ class Tokenizer:
         """The text's token ids.
 
         Raises:
-            InvalidRequest: the text has a NUL or a lone surrogate.
+            InvalidRequest: the text is empty, or has a NUL or a lone surrogate.
         """
         _check_text(text)
         ids: list[int] = self.backend.encode(text, add_special_tokens=add_special_tokens).ids
@@ -80,7 +87,7 @@ class Tokenizer:
 
     async def encode_async(self, text: str) -> list[int]:
         """As ``encode``; a long text is tokenized in a thread, which does not hold the interpreter's lock."""
-        if len(text) <= _MAX_INLINE_CHARS:
+        if _is_short(text):
             return self.encode(text)
         return await asyncio.to_thread(self.encode, text)
 
@@ -95,7 +102,7 @@ class Tokenizer:
         return self.encode(self._chat_template.render(messages), add_special_tokens=False)
 
     async def encode_chat_async(self, messages: list[dict[str, str]]) -> list[int]:
-        if sum(len(message["content"]) for message in messages) <= _MAX_INLINE_CHARS:
+        if _is_short("".join(message["content"] for message in messages)):
             return self.encode_chat(messages)
         return await asyncio.to_thread(self.encode_chat, messages)
 
@@ -104,7 +111,13 @@ class Tokenizer:
         return text
 
 
+def _is_short(text: str) -> bool:
+    return len(text) <= (_MAX_INLINE_CHARS if text.isascii() else _MAX_INLINE_CHARS_NOT_ASCII)
+
+
 def _check_text(text: str) -> None:
+    if not text:
+        raise InvalidRequest("the text is empty", field="prompt")
     if "\0" in text:
         raise InvalidRequest("the text holds a NUL character", field="prompt")
     try:
@@ -120,9 +133,13 @@ def _load_backend(file: Path) -> tokenizers.Tokenizer:
             "AutoTokenizer.from_pretrained(DIR).save_pretrained(DIR) writes tokenizer.json"
         )
     try:
-        return tokenizers.Tokenizer.from_file(str(file))
+        backend = tokenizers.Tokenizer.from_file(str(file))
     except Exception as error:  # the library raises bare Exception
         raise CheckpointError(f"{file} cannot be read: {error}") from error
+    # Left over from training in some files; a prompt that is too long must be refused, not cut.
+    backend.no_truncation()
+    backend.no_padding()
+    return backend
 
 
 def _read_json(file: Path, *, required: bool) -> dict[str, Any]:
@@ -135,6 +152,25 @@ def _read_json(file: Path, *, required: bool) -> dict[str, Any]:
     if not isinstance(value, dict):
         raise CheckpointError(f"{file} holds no JSON object")
     return value
+
+
+def _add_tokens(backend: tokenizers.Tokenizer, settings: dict[str, Any]) -> None:
+    """Adds tokens that only tokenizer_config.json has, and makes special what it calls so, as transformers does."""
+    listed = settings.get("added_tokens_decoder") or {}
+    for token_id in sorted(listed, key=int):
+        flags = {flag: bool(listed[token_id].get(flag)) for flag in _TOKEN_FLAGS}
+        add = backend.add_special_tokens if flags["special"] else backend.add_tokens
+        add([tokenizers.AddedToken(listed[token_id]["content"], **flags)])
+    added = backend.get_added_tokens_decoder().values()
+    texts = {_token_text(value) for key, value in settings.items() if key.endswith("_token")}
+    texts -= {token.content for token in added if token.special}
+    for key in ("additional_special_tokens", "extra_special_tokens"):
+        more = settings.get(key) or ()
+        more_texts = {_token_text(value) for value in (more.values() if isinstance(more, dict) else more)}
+        texts |= more_texts - {token.content for token in added}
+    backend.add_special_tokens(
+        [tokenizers.AddedToken(text, special=True, normalized=False) for text in sorted(filter(None, texts))]
+    )
 
 
 def _token_text(value: object) -> str | None:

@@ -1,7 +1,7 @@
 """Tokenizers of both kinds that models use."""
 
 import pytest
-from text_checkpoints import BACKENDS, byte_level, write_checkpoint
+from text_checkpoints import BACKENDS, byte_level, sentencepiece_like, write_checkpoint
 
 from cluster.text.tokenizer import Tokenizer
 
@@ -15,3 +15,8 @@ def tokenizer(request, tmp_path_factory) -> Tokenizer:
 @pytest.fixture(scope="session")
 def byte_level_tokenizer(tmp_path_factory) -> Tokenizer:
     return Tokenizer.from_checkpoint(write_checkpoint(tmp_path_factory.mktemp("bytes"), byte_level()))
+
+
+@pytest.fixture(scope="session")
+def byte_fallback_tokenizer(tmp_path_factory) -> Tokenizer:
+    return Tokenizer.from_checkpoint(write_checkpoint(tmp_path_factory.mktemp("fallback"), sentencepiece_like()))

@@ -5,10 +5,13 @@ import random
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from text_checkpoints import sentencepiece_like
+from tokenizers import decoders
 
 from cluster.text.detokenizer import create_detokenizer
 from cluster.text.stop_strings import StopStrings
 from cluster.text.text_stream import TextStream
+from cluster.text.tokenizer import Tokenizer
 
 shared_tokenizer = settings(
     max_examples=300, deadline=None, derandomize=True, suppress_health_check=[HealthCheck.function_scoped_fixture]
@@ -32,7 +35,9 @@ def stream(tokenizer, token_ids, stop=(), *, min_tokens=0, sizes=(1,)):
 
 
 @shared_tokenizer
-@given(text=st.text(alphabet=st.characters(exclude_categories=["Cs"], exclude_characters="\0"), max_size=40))
+@given(
+    text=st.text(alphabet=st.characters(exclude_categories=["Cs"], exclude_characters="\0"), min_size=1, max_size=40)
+)
 def test_encoded_text_comes_back_whole(tokenizer, text):
     ids = tokenizer.encode(text, add_special_tokens=False)
     assert stream(tokenizer, ids)[0] == tokenizer.decode(ids)
@@ -61,13 +66,40 @@ def test_an_incomplete_character_is_held_then_replaced(byte_level_tokenizer):
     assert detokenizer.finish() == "\ufffd"
 
 
-def test_a_run_of_bytes_without_end_is_not_held_for_ever(tokenizer):
-    """At most one character's worth of tokens is held."""
-    detokenizer = create_detokenizer(tokenizer)
-    byte = tokenizer.backend.token_to_id("<0xFF>")
-    if byte is None:
-        byte = tokenizer.backend.token_to_id("ÿ")
-    assert sum(len(detokenizer.push(byte)) for _ in range(100)) >= 90
+@shared_tokenizer
+@given(data=st.data())
+def test_random_tokens_of_a_byte_fallback_vocabulary_equal_decode(byte_fallback_tokenizer, data):
+    """Any tokens in any order, with byte runs that are valid, or that have no complete character in them."""
+    tokenizer = byte_fallback_tokenizer
+    first_byte = tokenizer.backend.token_to_id("<0x00>")
+    not_bytes = st.sampled_from([*range(first_byte), *range(first_byte + 256, tokenizer.vocab_size + 3)])
+    valid = st.text(alphabet=st.characters(exclude_categories=["Cs"]), max_size=5).map(str.encode)
+    broken = st.sampled_from([b"\xff", b"\xe6\x97", b"\xf0\x9f\x99", b"\xed\xa0\x80", b"\x80\xf0\xbf"])
+    separator = tokenizer.backend.token_to_id("a")  # keeps runs apart
+    ids: list[int] = []
+    for run, others in data.draw(st.lists(st.tuples(valid | broken, st.lists(not_bytes, max_size=3)), max_size=4)):
+        ids += [*(first_byte + byte for byte in run), separator, *others, separator]
+    assert stream(tokenizer, ids)[0] == tokenizer.decode(ids)
+
+
+def test_a_wrong_byte_does_not_take_the_run_along(byte_fallback_tokenizer):
+    """A line feed is out at once, whatever byte comes next; only the bytes that are no character are replaced."""
+    token_to_id = byte_fallback_tokenizer.backend.token_to_id
+    detokenizer = create_detokenizer(byte_fallback_tokenizer)
+    pushed = [detokenizer.push(token_to_id(token)) for token in ("<0x0A>", "<0xE6>", "<0x97>", "<0x0A>", "a")]
+    assert pushed == ["\n", "", "", "\ufffd\ufffd\n", "a"]
+    assert detokenizer.finish() == ""
+
+
+@pytest.mark.parametrize("decoder", [decoders.Metaspace(), decoders.BPEDecoder("▁"), decoders.WordPiece("▁"), None])
+@settings(max_examples=100, deadline=None, derandomize=True)
+@given(data=st.data())
+def test_other_decoders_equal_decode(decoder, data):
+    backend = sentencepiece_like()
+    backend.decoder = decoder
+    tokenizer = Tokenizer(backend, vocab_size=backend.get_vocab_size(), eos_token_ids=(), chat_template=None)
+    ids = data.draw(st.lists(st.integers(0, tokenizer.vocab_size), max_size=20))
+    assert stream(tokenizer, ids)[0] == tokenizer.decode(ids)
 
 
 def first_match(text, stop):

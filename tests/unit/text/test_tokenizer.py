@@ -5,6 +5,7 @@ from text_checkpoints import byte_level, write_checkpoint
 from tokenizers import processors
 
 from cluster.errors import CheckpointError, InvalidRequest
+from cluster.text.detokenizer import create_detokenizer
 from cluster.text.tokenizer import Tokenizer
 
 BOUNDARIES = {"bos_token": "<|start|>", "eos_token": "<|end|>"}
@@ -29,6 +30,52 @@ def test_boundary_tokens_as_in_transformers(tmp_path, add_bos, template_in_file)
         assert ours.encode(text, add_special_tokens=False) == theirs.encode(text, add_special_tokens=False)
 
 
+LISTED = {
+    "content": "read",
+    "special": True,
+    "normalized": False,
+    "lstrip": True,
+    "rstrip": False,
+    "single_word": False,
+}
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"eos_token": "<tool call>"},
+        {"my_token": {"content": "def", "__type": "AddedToken"}},
+        {"extra_special_tokens": ["<tool call>", "<new>"]},
+        {"additional_special_tokens": ["read"]},
+        {"extra_special_tokens": {"image_token": "<new>"}},
+        {"added_tokens_decoder": {"321": LISTED | {"content": "<new>"}, "320": LISTED}},
+        {"added_tokens_decoder": {"320": LISTED | {"special": False}}, "pad_token": "<new>"},
+        {"added_tokens_decoder": {"320": LISTED | {"content": "<tool call>"}}},
+    ],
+    ids=str,
+)
+def test_tokens_of_the_settings_as_in_transformers(tmp_path, settings):
+    """They are found in a prompt, and have no text where the settings make them special."""
+    from transformers import AutoTokenizer
+
+    write_checkpoint(tmp_path, byte_level(), settings=settings | {"tokenizer_class": "PreTrainedTokenizerFast"})
+    ours, theirs = Tokenizer.from_checkpoint(tmp_path), AutoTokenizer.from_pretrained(tmp_path)
+    ids = ours.encode("def read <tool call> <new> f")
+    assert ids == theirs.encode("def read <tool call> <new> f")
+    assert ours.decode(ids) == theirs.decode(ids, skip_special_tokens=True)
+    assert "".join(map(create_detokenizer(ours).push, ids)) == ours.decode(ids)
+
+
+def test_a_prompt_is_neither_cut_nor_padded(tmp_path):
+    """Some files hold what was set for training."""
+    backend = byte_level()
+    expected = backend.encode("def read_lines(path):").ids
+    backend.enable_truncation(3)
+    backend.enable_padding(length=64)
+    write_checkpoint(tmp_path, backend)
+    assert Tokenizer.from_checkpoint(tmp_path).encode("def read_lines(path):") == expected
+
+
 @pytest.mark.parametrize(
     ("generation", "config", "settings", "expected"),
     [
@@ -49,6 +96,7 @@ def test_end_of_text_ids(tmp_path, generation, config, settings, expected):
         ("tokenizer.json", None, "is missing"),
         ("tokenizer.json", "{", "cannot be read"),
         ("tokenizer_config.json", "[]", "no JSON object"),
+        ("tokenizer_config.json", '{"added_tokens_decoder": {"7": "x"}}', "added tokens"),
         ("tokenizer_config.json", '{"chat_template": "{% if %}"}', "chat template is broken"),
         ("config.json", None, "cannot be read"),
         ("config.json", "{}", "vocab_size"),
@@ -64,11 +112,11 @@ def test_a_broken_checkpoint_names_the_file(tmp_path, name, content, message):
     assert name in str(caught.value)
 
 
-@pytest.mark.parametrize("text", ["a\0b", "\ud800"])
-async def test_text_that_no_model_takes(tokenizer, text):
-    with pytest.raises(InvalidRequest):
+@pytest.mark.parametrize(("text", "message"), [("", "empty"), ("a\0b", "NUL"), ("a\ud800", "Unicode at character 1")])
+async def test_text_that_no_model_takes(tokenizer, text, message):
+    with pytest.raises(InvalidRequest, match=message):
         tokenizer.encode(text)
-    with pytest.raises(InvalidRequest):
+    with pytest.raises(InvalidRequest, match=message):
         await tokenizer.encode_async(text * 1000)
 
 
@@ -84,17 +132,32 @@ CHAT = (
 MESSAGES = [{"role": "system", "content": "be brief"}, {"role": "user", "content": "def <é>?"}]
 
 
+# What templates of the Hub use: loop controls, namespaces, JSON that is not escaped, variables that are none, marks.
+RICH = (
+    "{%- if tools is not none %}{{ raise_exception('tools') }}{% endif %}{{ bos_token }}"
+    "{% set ns = namespace(n=0) %}\n"
+    "{% for m in messages %}\n"
+    "    {% if m.role == 'system' %}{% continue %}{% endif %}\n"
+    "    {% set ns.n = ns.n + 1 %}\n"
+    "    {% generation %}{{ m.content | tojson(ensure_ascii=False) }}{% endgeneration %}\n"
+    "{{ m | tojson(indent=2) }}{{ '-' * 3 }}\n"
+    "{% endfor %}\n"
+    "{{ ns.n }}{{ strftime_now('%%') }}"
+)
+
+
+@pytest.mark.parametrize("template", [CHAT, RICH])
 @pytest.mark.parametrize("where", ["settings", "named", "file"])
-async def test_chat_as_in_transformers(tmp_path, where):
+async def test_chat_as_in_transformers(tmp_path, where, template):
     from transformers import AutoTokenizer
 
     settings = BOUNDARIES | {"tokenizer_class": "PreTrainedTokenizerFast", "add_bos_token": True}
     if where == "settings":
-        settings["chat_template"] = CHAT
+        settings["chat_template"] = template
     elif where == "named":
-        settings["chat_template"] = [{"name": "tools", "template": "x"}, {"name": "default", "template": CHAT}]
+        settings["chat_template"] = [{"name": "tools", "template": "x"}, {"name": "default", "template": template}]
     else:
-        (tmp_path / "chat_template.jinja").write_text(CHAT)
+        (tmp_path / "chat_template.jinja").write_text(template)
     write_checkpoint(tmp_path, byte_level(), settings=settings)
     theirs = AutoTokenizer.from_pretrained(tmp_path)
     expected = theirs.apply_chat_template(MESSAGES, add_generation_prompt=True, return_dict=False)
@@ -117,6 +180,12 @@ def test_no_chat_template(tokenizer):
         "{{ ''.__class__.__mro__[1].__subclasses__() }}",
         "{{ messages.append(1) }}",
         "{% for i in range(99999999999) %}x{% endfor %}",
+        "{% for i in range(99999) %}{% for j in range(99999) %}{{ '123456789 ' * 9999 }}{% endfor %}{% endfor %}",
+        "{{ 'x' * 99999999999 }}",
+        "{{ 99999999 * ['x'] }}",
+        "{{ 9 ** 9 ** 9 }}",
+        "{{ 1 / 0 }}",
+        "{% macro f() %}{{ f() }}{% endmacro %}{{ f() }}",
     ],
 )
 def test_a_template_that_refuses_or_misbehaves(tmp_path, template):
