@@ -108,7 +108,8 @@ SHAPES = {
     "presence": {"presence_penalty": 1.5, "output": (4, 5, 5)},
     "frequency": {"frequency_penalty": -0.7, "output": (4, 5, 5)},
     "bias": {"logit_bias": {7: 2.5, 8: -100.0}},
-    "min_tokens": {"min_tokens": 2, "output": (4,), "stop": (0, 9)},
+    "min_tokens": {"min_tokens": 2, "output": (4,), "stop": (0, 29)},
+    "min_tokens reached": {"min_tokens": 1, "output": (4,), "stop": (0, 13), "logit_bias": {7: 0.5}},
     "everything": {
         "temperature": 0.8,
         "top_k": 30,
@@ -127,13 +128,13 @@ SHAPES = {
 @pytest.mark.parametrize("shape", SHAPES.values(), ids=SHAPES)
 def test_draws_follow_the_exact_distribution(shape: dict[str, object]) -> None:
     logits_V = create_logits(1)[0]
-    tokens = draw(logits_V, 20_000, **shape)
+    tokens = draw(logits_V, 12_000, **shape)
     assert chi_square_z(tokens, reference_distribution(logits_V.numpy(), create_row(**shape))) < 4.0
 
 
 def test_the_detector_sees_a_slightly_wrong_distribution() -> None:
     logits_V = create_logits(1)[0]
-    tokens = draw(logits_V, 20_000)
+    tokens = draw(logits_V, 12_000)
     assert chi_square_z(tokens, reference_distribution(logits_V.numpy(), create_row(temperature=1.05))) > 4.0
     assert chi_square_z(tokens, reference_distribution(logits_V.numpy(), create_row(top_k=VOCAB - 1))) > 4.0
 
@@ -169,9 +170,9 @@ def test_a_wide_nucleus_is_found_in_a_large_vocabulary(top_p: float) -> None:
     logits_V = create_logits(1, vocab=5003)[0] / 4
     probs = reference_distribution(logits_V.numpy(), create_row(top_p=top_p))
     assert np.count_nonzero(probs) > 64 * 8
-    assert all(probs[token] > 0 for token in draw(logits_V, 2_000, top_p=top_p))
+    assert all(probs[token] > 0 for token in draw(logits_V, 300, top_p=top_p))
     dropped = reference_distribution(logits_V.numpy(), create_row(top_p=top_p - 0.1))
-    assert any(dropped[token] == 0 for token in draw(logits_V, 2_000, top_p=top_p))
+    assert any(dropped[token] == 0 for token in draw(logits_V, 300, top_p=top_p))
 
 
 @pytest.mark.parametrize("vocab", [VOCAB, 1031])
@@ -259,8 +260,8 @@ def test_extreme_logits(sampling: dict[str, object]) -> None:
 
 def test_tiny_penalties_and_temperatures_do_not_overflow() -> None:
     logits_V = create_logits(1)[0].abs() * 1e20
-    tokens = draw(logits_V, 20, repetition_penalty=1e-30, temperature=1.01e-5, top_p=0.9, min_p=0.5)
-    assert set(tokens) <= {1, 2, 3}  # the prompt's tokens, divided by 1e-30
+    tokens = draw(logits_V, 50, repetition_penalty=1e-30, temperature=1.01e-5, top_p=0.9, min_p=0.5)
+    assert set(tokens) == {1, 2, 3}  # the prompt's tokens, divided by 1e-30: tied at the bound
 
 
 def test_every_token_masked_still_yields_one() -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import math
 
 import pytest
 import torch
@@ -70,8 +71,27 @@ def test_noise_has_the_gumbel_distribution() -> None:
     assert float((shifted - ranks).abs().max()) * len(noise) ** 0.5 > 1.95
 
 
-def test_noise_is_finite() -> None:
-    assert bool(gumbel_noise([random_key(1, 0, i) for i in range(300)], 5_003, CPU).isfinite().all())
+def key_whose_first_output_is(bits: int) -> int:
+    """SplitMix64 backwards: each of its steps is a bijection of 64-bit words."""
+
+    def undo_xor_shift(word: int, shift: int) -> int:
+        result = word
+        for _ in range(64 // shift):
+            result = word ^ result >> shift
+        return result
+
+    word = undo_xor_shift(bits, 31)
+    for factor, shift in ((0x94D049BB133111EB, 27), (0xBF58476D1CE4E5B9, 30)):
+        word = undo_xor_shift(word * pow(factor, -1, 2**64) % 2**64, shift)
+    return (word - 0x9E3779B97F4A7C15) % 2**64
+
+
+@pytest.mark.parametrize(("bits", "noise"), [(0, 43.668), (2**64 - 1, -2.811), (2**63, -math.log(math.log(2.0)))])
+def test_noise_at_the_ends_of_the_uniform(bits: int, noise: float) -> None:
+    """Finite, where a plain conversion would give the logarithm of 0 or of 1."""
+    key = key_whose_first_output_is(bits)
+    assert int(random_bits([key], 1, CPU)[0, 0]) % 2**64 == bits
+    assert float(gumbel_noise([key], 1, CPU)[0, 0]) == pytest.approx(noise, abs=1e-3)
 
 
 @pytest.mark.gpu
