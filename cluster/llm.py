@@ -20,7 +20,6 @@ from cluster.core.model_info import ModelInfo
 from cluster.core.request import SamplingParams
 from cluster.engine.config import EngineConfig
 from cluster.engine.engine import Engine
-from cluster.engine.submission import Submission
 from cluster.errors import ConfigError, EngineFault, InvalidRequest
 from cluster.request_output import CandidateOutput, RequestOutput, RequestRun
 from cluster.text.tokenizer import Tokenizer
@@ -116,10 +115,13 @@ class LLM:
             InvalidRequest: a prompt or its parameters can never run; nothing has run then.
             EngineFault: the model failed; this LLM is dead.
         """
-        inputs: list[tuple[str | None, list[int]]] = [
-            (prompt, self._tokenizer.encode(prompt)) if isinstance(prompt, str) else (None, _token_ids(prompt, index))
-            for index, prompt in enumerate(_listed(prompts))
-        ]
+        inputs: list[tuple[str | None, list[int]]] = []
+        for index, prompt in enumerate(_listed(prompts)):
+            with _naming(f"prompts[{index}]"):
+                if isinstance(prompt, str):
+                    inputs.append((prompt, self._tokenizer.encode(prompt)))
+                else:
+                    inputs.append((None, _token_ids(prompt)))
         return self._run(inputs, sampling_params, progress)
 
     def chat(
@@ -135,9 +137,10 @@ class LLM:
         Raises:
             InvalidRequest: also where the model has no chat template.
         """
-        inputs: list[tuple[str | None, list[int]]] = [
-            (None, self._tokenizer.encode_chat(list(conversation))) for conversation in _conversations(messages)
-        ]
+        inputs: list[tuple[str | None, list[int]]] = []
+        for index, conversation in enumerate(_conversations(messages)):
+            with _naming(f"messages[{index}]"):
+                inputs.append((None, self._tokenizer.encode_chat(list(conversation))))
         return self._run(inputs, sampling_params, progress)
 
     def shutdown(self) -> None:
@@ -174,7 +177,8 @@ class LLM:
         with self._lock, _interrupts_between_steps() as check_interrupt, _Bar(len(runs), shown=progress) as bar:
             try:
                 for index, run in enumerate(runs):
-                    _add(engine, run, index)
+                    with _naming(f"prompts[{index}]"):
+                        engine.add(run.submission())
                 while by_id:
                     check_interrupt()
                     self._step(engine, by_id, bar)
@@ -264,11 +268,13 @@ def _interrupts_between_steps() -> Iterator[Callable[[], None]]:
         signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
-def _add(engine: Engine, run: RequestRun, index: int) -> None:
+@contextlib.contextmanager
+def _naming(source: str) -> Iterator[None]:
+    """Says which of many inputs a refusal is about."""
     try:
-        engine.add(Submission(submission_id=run.submission_id, prompt_token_ids=run.token_ids, sampling=run.sampling))
+        yield
     except InvalidRequest as error:
-        raise InvalidRequest(f"prompts[{index}]: {error.message}", field=error.field) from error
+        raise InvalidRequest(f"{source}: {error.message}", field=error.field) from error
 
 
 def _listed(prompts: Prompt | Sequence[Prompt]) -> Sequence[Prompt]:
@@ -282,10 +288,10 @@ def _conversations(messages: Conversation | Sequence[Conversation]) -> Sequence[
     return cast("Sequence[Conversation]", [messages] if single else messages)
 
 
-def _token_ids(prompt: Sequence[int], index: int) -> list[int]:
+def _token_ids(prompt: Sequence[int]) -> list[int]:
     ids = list(prompt)
     if any(isinstance(token_id, bool) or not isinstance(token_id, int) for token_id in ids):
-        raise InvalidRequest(f"prompts[{index}] must be a string or a list of token ids (int)", field="prompt")
+        raise InvalidRequest("a prompt is a string or a list of token ids (int)", field="prompt")
     return ids
 
 

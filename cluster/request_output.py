@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 
 from cluster.core.request import FinishReason, SamplingParams
 from cluster.core.step import SampledToken
-from cluster.engine.submission import Delta
+from cluster.engine.submission import Delta, Submission
 from cluster.errors import EngineFault
 from cluster.text.text_stream import TextStream
 from cluster.text.tokenizer import Tokenizer
@@ -85,6 +85,9 @@ class RequestRun:
     @property
     def finished(self) -> bool:
         return all(candidate.finish_reason is not None for candidate in self.candidates)
+
+    def submission(self) -> Submission:
+        return Submission(submission_id=self.submission_id, prompt_token_ids=self.token_ids, sampling=self.sampling)
 
     def output(self) -> RequestOutput:
         with_logprobs = self.sampling.logprobs is not None

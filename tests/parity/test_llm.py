@@ -193,10 +193,11 @@ def test_the_context_is_the_last_limit(checkpoint: Path) -> None:
 @pytest.mark.parametrize(
     ("prompts", "message"),
     [
-        (["fine", ""], r"prompts\[1\].*no tokens"),
+        (["fine", ""], r"prompts\[1\].*empty"),
+        (["fine", []], r"prompts\[1\].*no tokens"),
         (["fine", [1, VOCAB_SIZE]], r"prompts\[1\].*vocabulary"),
         (["fine", [1, -1]], r"prompts\[1\].*vocabulary"),
-        (["fine", [1, "x"]], r"prompts\[1\] must be"),
+        (["fine", [1, "x"]], r"prompts\[1\]: a prompt is a string or"),
         (["fine", "x" * 600], r"prompts\[1\].*600 tokens"),
     ],
 )
