@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
+import functools
 import inspect
 import re
 import typing
@@ -19,7 +20,8 @@ from cluster.errors import ConfigError
 from cluster.gateway.config import GatewayConfig
 from cluster.serve.config import LoggingConfig, ModelConfig, RayConfig
 
-_UNITS = {"": 1, "B": 1, "KiB": 2**10, "MiB": 2**20, "GiB": 2**30, "KB": 10**3, "MB": 10**6, "GB": 10**9}
+_UNITS = {"B": 1, "KiB": 2**10, "MiB": 2**20, "GiB": 2**30, "KB": 10**3, "MB": 10**6, "GB": 10**9}
+_SIZE = r"\s*(\d+(?:\.\d+)?)\s*([KMG]i?B|B)?\s*"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -77,10 +79,11 @@ def parse_config(tree: object) -> ClusterConfig:
     if not isinstance(tree, dict):
         raise ConfigError("the configuration must be a mapping that has at least 'models:'")
     try:
-        return _adapter().validate_python(_with_sizes_in_bytes(ClusterConfig, tree, ""))
+        return _adapter().validate_python(_with_sizes_in_bytes(ClusterConfig, tree))
     except ValidationError as error:
         problems = [_problem(detail) for detail in error.errors(include_url=False)]
-        raise ConfigError("; ".join(problems), field=_path(error.errors()[0]["loc"])) from error
+        text = "; ".join(f"{path}: {problem}" for path, problem in problems)
+        raise ConfigError(text, field=problems[0][0]) from error
 
 
 def effective_config(config: ClusterConfig) -> dict[str, Any]:
@@ -112,86 +115,75 @@ def _dataclasses(cls: type) -> Iterator[type]:
             continue
         seen[current] = None
         for hint in typing.get_type_hints(current).values():
-            pending += [part for part in (hint, *typing.get_args(hint)) if dataclasses.is_dataclass(part)]
+            pending += _named_dataclasses(hint)
     return iter(seen)
 
 
-_cached_adapter: TypeAdapter[ClusterConfig] | None = None
+def _named_dataclasses(hint: Any) -> list[type]:
+    """The dataclasses in a field's type, which is one, or a tuple of one."""
+    parts = (hint, *typing.get_args(hint))
+    return [part for part in parts if isinstance(part, type) and dataclasses.is_dataclass(part)]
 
 
+@functools.cache
 def _adapter() -> TypeAdapter[ClusterConfig]:
-    global _cached_adapter
-    if _cached_adapter is None:
-        # The owners' dataclasses are of the standard library: pydantic's settings are hung on them here.
-        for cls in _dataclasses(ClusterConfig):
-            cls.__pydantic_config__ = {"extra": "forbid", "strict": False}  # type: ignore[attr-defined]
-        _cached_adapter = TypeAdapter(ClusterConfig)
-    return _cached_adapter
+    # The owners' dataclasses are of the standard library: pydantic's settings are hung on them here.
+    for cls in _dataclasses(ClusterConfig):
+        cls.__pydantic_config__ = {"extra": "forbid"}  # type: ignore[attr-defined]
+    return TypeAdapter(ClusterConfig)
 
 
-def _with_sizes_in_bytes(cls: type, tree: Any, path: str) -> Any:
+def _with_sizes_in_bytes(cls: type, tree: Any) -> Any:
     """A copy of the tree in which fields called ``*_bytes`` hold numbers; what is out of place is left for pydantic."""
     if not isinstance(tree, dict):
         return tree
     hints = typing.get_type_hints(cls)
     result = {}
     for key, value in tree.items():
-        where = f"{path}{key}"
-        if key in hints and str(key).endswith("_bytes") and isinstance(value, str):
-            value = parse_size(value, field=where)
-        for part in (hints.get(key), *typing.get_args(hints.get(key))):
-            if dataclasses.is_dataclass(part) and isinstance(part, type):
-                if isinstance(value, list):
-                    value = [_with_sizes_in_bytes(part, item, f"{where}.{i}.") for i, item in enumerate(value)]
-                else:
-                    value = _with_sizes_in_bytes(part, value, f"{where}.")
+        if key in hints and key.endswith("_bytes") and isinstance(value, str):
+            value = _size(value)
+        for part in _named_dataclasses(hints.get(key)):
+            if isinstance(value, list):
+                value = [_with_sizes_in_bytes(part, item) for item in value]
+            else:
+                value = _with_sizes_in_bytes(part, value)
         result[key] = value
     return result
 
 
-def parse_size(text: str, *, field: str) -> int:
-    """Bytes of a text such as ``"512MiB"``, ``"2GB"`` or ``"4096"``.
-
-    Raises:
-        ConfigError: it is no such text.
-    """
-    match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([KMG]i?B|B|)\s*", text)
-    if match is None:
-        units = ", ".join(unit for unit in _UNITS if unit)
-        raise ConfigError(f"{field}: {text!r} is no size; write bytes, or a number with {units}", field=field)
-    return int(float(match[1]) * _UNITS[match[2]])
+def _size(text: str) -> int | str:
+    """Bytes of a text such as ``"512MiB"``, ``"2GB"`` or ``"4096"``; another text comes back as it is."""
+    match = re.fullmatch(_SIZE, text)
+    return text if match is None else int(float(match[1]) * _UNITS[match[2] or "B"])
 
 
-def _path(location: tuple[int | str, ...]) -> str:
-    return ".".join(str(part) for part in location)
-
-
-def _problem(detail: Any) -> str:
-    """One line for one of pydantic's findings."""
-    location, path = detail["loc"], _path(detail["loc"])
-    if detail["type"] == "unexpected_keyword_argument":
+def _problem(detail: Any) -> tuple[str, str]:
+    """The path and the text of one of pydantic's findings."""
+    location, kind, value = detail["loc"], detail["type"], detail["input"]
+    path = ".".join(str(part) for part in location)
+    if kind == "unexpected_keyword_argument":
         known = _known_keys(location[:-1])
         near = difflib.get_close_matches(str(location[-1]), known, n=1)
         hint = f"did you mean {near[0]!r}?" if near else f"known here: {', '.join(known)}"
-        return f"{path}: unknown key; {hint}"
+        return path, f"unknown key; {hint}"
     cause = detail.get("ctx", {}).get("error")
     if isinstance(cause, ConfigError):
-        prefix = ".".join(part for part in (path, cause.field) if part)
-        return f"{prefix}: {cause.message}" if prefix else cause.message
-    if detail["type"] in ("missing", "missing_argument"):
-        return f"{path}: is required"
-    if detail["type"] == "tuple_type":
-        return f"{path}: input should be a list, not {detail['input']!r}"
-    return f"{path}: {detail['msg'][0].lower()}{detail['msg'][1:]}, not {detail['input']!r}"
+        return ".".join(part for part in (path, cause.field) if part), cause.message
+    if kind in ("missing", "missing_argument"):
+        return path, "is required"
+    if path.endswith("_bytes"):
+        return path, f"{value!r} is no size; write bytes, or a number with {', '.join(_UNITS)}"
+    if kind == "tuple_type":
+        return path, f"input should be a list, not {value!r}"
+    return path, f"{detail['msg'][0].lower()}{detail['msg'][1:]}, not {value!r}"
 
 
 def _known_keys(location: tuple[int | str, ...]) -> list[str]:
     cls: type = ClusterConfig
     for part in location:
         if isinstance(part, str):
-            hint = typing.get_type_hints(cls)[part]
-            cls = next(part for part in (hint, *typing.get_args(hint)) if dataclasses.is_dataclass(part))
-    return [item.name for item in dataclasses.fields(cls)]  # type: ignore[arg-type]
+            (cls,) = _named_dataclasses(typing.get_type_hints(cls)[part])
+    return list(typing.get_type_hints(cls))
 
 
 def _attribute_docs(cls: type) -> dict[str, str]:
@@ -204,4 +196,4 @@ def _attribute_docs(cls: type) -> dict[str, str]:
 def _allow_size(node: dict[str, Any]) -> None:
     """Lets a ``*_bytes`` field be written as a text with a unit, as the loader does."""
     alternatives = node.pop("anyOf", None) or [{"type": node.pop("type")}]
-    node["anyOf"] = [*alternatives, {"type": "string", "pattern": r"^\s*\d+(\.\d+)?\s*([KMG]i?B|B)?\s*$"}]
+    node["anyOf"] = [*alternatives, {"type": "string", "pattern": f"^{_SIZE}$"}]

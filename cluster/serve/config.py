@@ -41,6 +41,7 @@ class ModelConfig:
         require(bool(self.path), "path", "must be 'demo', a directory or a Hub id")
         if not self.name:
             object.__setattr__(self, "name", PurePosixPath(self.path).name)
+        require(bool(self.name), "name", f"is missing, and the path {self.path!r} has no last part to take it from")
         require(self.replicas >= 1, "replicas", "must be at least 1")
         for name in ("num_cpus", "num_gpus"):
             value = getattr(self, name)

@@ -6,7 +6,7 @@ import jsonschema
 import pytest
 import yaml
 
-from cluster.config import effective_config, json_schema, load_config, parse_config, parse_size
+from cluster.config import effective_config, json_schema, load_config, parse_config
 from cluster.errors import ConfigError
 
 EXAMPLES = sorted((Path(__file__).parents[2] / "deploy" / "configs").glob("*.yaml"))
@@ -34,25 +34,26 @@ def test_the_effective_tree_parses_to_the_same_configuration():
     ("tree", "field", "message"),
     [
         ({}, "models", "is required"),
-        ({"models": []}, "", "no model is configured"),
+        ({"models": []}, "models", "no model is configured"),
         ({"models": {"path": "demo"}}, "models", "should be a list"),
         (model(replica=2), "models.0.replica", "did you mean 'replicas'"),
         (model(engine={"scheduler": {"max_num_seq": 1}}), "models.0.engine.scheduler.max_num_seq", "max_num_seqs"),
         (model() | {"gateway": {"colour": "red"}}, "gateway.colour", "known here: host, port"),
-        (model(replicas=0), "models.0", "replicas: must be at least 1"),
+        (model(replicas=0), "models.0.replicas", "must be at least 1"),
         (model(replicas="two"), "models.0.replicas", "valid integer"),
-        (model(path=""), "models.0", "path: must be"),
+        (model(path="."), "models.0.name", "no last part"),
+        (model(path=""), "models.0.path", "must be"),
         (model(worker={"dtype": "int3"}), "models.0.worker.dtype", "'float32'"),
-        (model(worker={"block_size": 0}), "models.0.worker", "block_size: must be at least 1"),
-        (model(worker={"gpu_memory_utilization": 1.5}), "models.0.worker", "gpu_memory_utilization"),
+        (model(worker={"block_size": 0}), "models.0.worker.block_size", "must be at least 1"),
+        (model(worker={"gpu_memory_utilization": 1.5}), "models.0.worker.gpu_memory_utilization", "must be in"),
         (model(worker={"kv_cache_bytes": "2 parsecs"}), "models.0.worker.kv_cache_bytes", "is no size"),
         (
             model(engine={"scheduler": {"max_num_seqs": 64, "max_num_batched_tokens": 63}}),
-            "models.0.engine.scheduler",
+            "models.0.engine.scheduler.max_num_batched_tokens",
             "at least max_num_seqs, 64",
         ),
-        (model() | {"gateway": {"port": 65536}}, "gateway", r"port: must be in"),
-        ({"models": [DEMO, DEMO]}, "", "models.1.name: two models are called 'demo'"),
+        (model() | {"gateway": {"port": 65536}}, "gateway.port", "must be in"),
+        ({"models": [DEMO, DEMO]}, "models.1.name", "two models are called 'demo'"),
     ],
 )
 def test_what_is_wrong_is_named_with_its_path(tree, field, message):
@@ -63,15 +64,25 @@ def test_what_is_wrong_is_named_with_its_path(tree, field, message):
 
 def test_every_problem_is_listed():
     with pytest.raises(ConfigError) as caught:
-        parse_config(model(replicas="two", colour="red") | {"gatewey": {}})
-    assert all(part in str(caught.value) for part in ("models.0.replicas", "models.0.colour", "gatewey"))
+        parse_config(model(replicas="two", colour="red") | {"gatewey": {}, "ray": {"object_store_bytes": "big"}})
+    paths = ("models.0.replicas", "models.0.colour", "gatewey", "ray.object_store_bytes")
+    assert all(f"{path}: " in str(caught.value) for path in paths)
 
 
-@pytest.mark.parametrize("text", ["models: [", "- a list", "", "models: !!python/object:os.system {}"])
-def test_a_file_that_is_no_configuration(tmp_path, text):
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("models:\n  - [", "line 2"),
+        ("- a list", "must be a mapping"),
+        ("", "must be a mapping"),
+        ("models: !!python/object:os.system {}", "python/object"),
+        ("models: [{path: demo, replica: 2}]", r"models\.0\.replica: unknown key"),
+    ],
+)
+def test_a_file_that_is_no_configuration(tmp_path, text, message):
     file = tmp_path / "c.yaml"
     file.write_text(text)
-    with pytest.raises(ConfigError, match=r"c\.yaml"):
+    with pytest.raises(ConfigError, match=rf"(?s)c\.yaml.*{message}"):
         load_config(file)
 
 
@@ -84,7 +95,9 @@ def test_a_file_that_is_not_there(tmp_path):
     ("text", "size"), [("4096", 4096), ("1KiB", 1024), ("2GB", 2 * 10**9), (" 0.5 MiB ", 2**19), ("7B", 7)]
 )
 def test_sizes(text, size):
-    assert parse_size(text, field="x") == size
+    config = parse_config(model() | {"ray": {"object_store_bytes": text}})
+    assert config.ray.object_store_bytes == size
+    jsonschema.validate(model() | {"ray": {"object_store_bytes": text}}, json_schema())
 
 
 @pytest.mark.parametrize("file", EXAMPLES, ids=lambda path: path.name)
