@@ -74,6 +74,7 @@ class FakeExecutor:
         self._fault_at_step = fault_at_step
         self._outputs: deque[StepOutput] = deque()
         self._sequences: dict[int, _WorkerSequence] = {}
+        self._dropped: dict[int, list[int]] = {}
         self._kv: dict[tuple[int, int], tuple[int, int, int]] = {}
 
     @property
@@ -90,10 +91,12 @@ class FakeExecutor:
         self.steps.append(step)
         for sequence_id in step.dropped:
             assert sequence_id in self._sequences, f"sequence {sequence_id} is dropped, but not held"
-            del self._sequences[sequence_id]
+            self._dropped[sequence_id] = self._sequences.pop(sequence_id).token_ids
         for new in step.new:
             assert new.sequence_id not in self._sequences, f"sequence {new.sequence_id} is new, but held"
             assert new.sampling.seed is not None, "a sequence without a seed"
+            known = self._dropped.get(new.sequence_id, new.token_ids)
+            assert new.token_ids == known, f"sequence {new.sequence_id} came back without all its tokens"
             self._sequences[new.sequence_id] = _WorkerSequence(new)
         scheduled_ids = [share.sequence_id for share in step.scheduled]
         assert len(set(scheduled_ids)) == len(scheduled_ids), "a sequence is scheduled twice in a step"
