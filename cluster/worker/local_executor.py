@@ -159,7 +159,7 @@ def _device(config: WorkerConfig) -> torch.device:
 
 
 def _dtype(config: WorkerConfig, file: ConfigFile, device: torch.device) -> torch.dtype:
-    name = config.dtype
+    name: str = config.dtype
     if name == "auto":
         # Most CPUs have no fast 16-bit arithmetic.
         name = read_dtype(file) if device.type == "cuda" else "float32"

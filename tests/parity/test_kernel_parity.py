@@ -131,3 +131,14 @@ def test_decodes_are_grouped_by_length_and_windows_gather_few_blocks():
     assert sum(len(group.block_ids) for group in groups) <= 2 * sum(c // BLOCK_SIZE for c in context_lens)
     groups = kernels.plan_attention([1] * 7, context_lens, tables, sliding_window=6, **arguments)
     assert max(group.num_positions for group in groups) <= 6 + BLOCK_SIZE
+
+
+def test_a_group_gathers_little_whatever_the_batch():
+    context_lens = [800] * 64 + [9000]
+    tables = np.zeros((65, 9000 // 16 + 1), dtype=np.int64)
+    groups = kernels.plan_attention(
+        [1] * 65, context_lens, tables, block_size=16, sliding_window=None, dtype=torch.float32, device=CPU
+    )
+    assert sum(group.num_seqs for group in groups) == 65
+    assert max(len(group.block_ids) * 16 for group in groups[:-1]) <= 2048
+    assert groups[-1].num_seqs == 1  # a single sequence is never split
