@@ -1,0 +1,74 @@
+"""The Serve application: one deployment per model, and the gateway as its ingress."""
+
+from __future__ import annotations
+
+import secrets
+from collections.abc import Sequence
+
+from ray import serve
+from ray.serve import Application
+
+from cluster.config import ClusterConfig
+from cluster.serve.gateway_deployment import GatewayDeployment
+from cluster.serve.identity import ClusterIdentity
+from cluster.serve.placement import ReplicaPlacement
+from cluster.serve.replica import ModelReplica
+
+# Serve kills what has not stopped by then; the drain itself must fit.
+_STOP_MARGIN_S = 10.0
+# A first start that fails would fail again; what dies later is rebuilt without limit.
+_MAX_CONSTRUCTOR_RETRIES = 1
+_QUIET = {"log_level": "WARNING", "enable_access_log": False}
+
+
+def create_application(
+    config: ClusterConfig,
+    placements: Sequence[ReplicaPlacement],
+    *,
+    start_id: str,
+    gateway_cpus: float,
+    replica_host: str | None = None,
+    environment: dict[str, str] | None = None,
+) -> Application:
+    """Wires gateway and models.
+
+    Args:
+        start_id: key of the start-up reports.
+        gateway_cpus: what the gateway reserves.
+        replica_host: address that replicas bind; None: their node's.
+        environment: variables that the actors need and their nodes do not have.
+    """
+    identity = ClusterIdentity(
+        secret=secrets.token_hex(32), start_id=start_id, logging=config.logging, replica_host=replica_host
+    )
+    runtime_env = {"runtime_env": {"env_vars": environment}} if environment else {}
+    models = {}
+    for placement in placements:
+        model = placement.model
+        deployment = serve.deployment(
+            ModelReplica,
+            name=f"model-{model.name}",
+            num_replicas=model.replicas,
+            ray_actor_options={"num_cpus": placement.num_cpus, "num_gpus": placement.num_gpus, **runtime_env},
+            health_check_period_s=2,
+            # Being busy is not being ill: the check itself looks for progress.
+            health_check_timeout_s=60,
+            graceful_shutdown_wait_loop_s=0.05,
+            graceful_shutdown_timeout_s=model.drain_timeout_s + _STOP_MARGIN_S,
+            max_constructor_retry_count=_MAX_CONSTRUCTOR_RETRIES,
+            logging_config=_QUIET,
+        )
+        models[model.name] = deployment.bind(model, identity)
+    gateway = serve.deployment(
+        GatewayDeployment,
+        name="Gateway",
+        ray_actor_options={"num_cpus": gateway_cpus, **runtime_env},
+        health_check_period_s=2,
+        health_check_timeout_s=60,
+        graceful_shutdown_wait_loop_s=0.05,
+        graceful_shutdown_timeout_s=config.gateway.drain_timeout_s + _STOP_MARGIN_S,
+        max_constructor_retry_count=_MAX_CONSTRUCTOR_RETRIES,
+        logging_config=_QUIET,
+    )
+    paths = {placement.model.name: placement.model.path for placement in placements}
+    return gateway.bind(config.gateway, paths, models, identity)

@@ -1,0 +1,80 @@
+"""The Serve deployment that clients connect to: the gateway in a process of its own, without torch."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from collections.abc import Mapping
+
+from ray import serve
+from ray.serve.handle import DeploymentHandle
+
+from cluster.checkpoint import resolve_checkpoint
+from cluster.gateway.catalog import ServedModel
+from cluster.gateway.config import GatewayConfig
+from cluster.gateway.server import Gateway
+from cluster.observability.logging import configure_logging
+from cluster.serve.identity import ClusterIdentity
+from cluster.serve.ray_metrics import RaySink
+from cluster.serve.replica_directory import ReplicaDirectory
+from cluster.serve.startup_report import StartupReport
+
+logger = logging.getLogger(__name__)
+
+
+class GatewayDeployment:
+    """Runs ``cluster.gateway.Gateway`` under Serve's supervision.
+
+    Args:
+        config: where to listen.
+        paths: checkpoint by model name.
+        models: the deployment that serves each model.
+    """
+
+    async def __init__(  # type: ignore[misc]
+        self,
+        config: GatewayConfig,
+        paths: Mapping[str, str],
+        models: Mapping[str, DeploymentHandle],
+        identity: ClusterIdentity,
+    ) -> None:
+        configure_logging(identity.logging.level, identity.logging.format)
+        context = serve.get_replica_context()
+        self._config = config
+        report = StartupReport(identity.start_id, "gateway", context.replica_id.unique_id)
+        self._gateway: Gateway | None = None
+        try:
+            report.enter("loading tokenizers")
+            served = [
+                ServedModel(name, await asyncio.to_thread(resolve_checkpoint, path, weights=False))
+                for name, path in paths.items()
+            ]
+            self._gateway = Gateway(
+                config,
+                served,
+                secret=identity.secret,
+                metrics=RaySink(),
+                gateway_id=f"gateway-{context.replica_id.unique_id}",
+            )
+            port = await self._gateway.start()
+        except BaseException as error:
+            report.fail(error)
+            raise
+        self._directory = ReplicaDirectory(
+            {name: handle.deployment_name for name, handle in models.items()},
+            app_name=context.app_name,
+            on_change=self._gateway.set_replicas,
+        )
+        report.finish(port=port)
+
+    async def check_health(self) -> None:
+        """That this runs shows that the event loop lives, and with it the gateway."""
+
+    async def __del__(self) -> None:
+        # Serve calls this once, before the process ends.
+        if self._gateway is None:
+            return
+        self._directory.stop()
+        if not await self._gateway.drain(self._config.drain_timeout_s):
+            logger.warning("the gateway stops with %d generations running", self._gateway.num_generations)
+        await self._gateway.stop()

@@ -1,0 +1,27 @@
+"""What the actors of one cluster share."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from cluster.serve.config import LoggingConfig
+
+
+@dataclass(frozen=True, kw_only=True)
+class ClusterIdentity:
+    """Handed to every actor of a cluster.
+
+    Attributes:
+        secret: opens replicas to gateways.
+        start_id: key of the start-up reports.
+        logging: of all of them.
+        replica_host: address that replicas bind; None: their node's.
+    """
+
+    secret: str
+    start_id: str
+    logging: LoggingConfig
+    replica_host: str | None = None
+
+    def __repr__(self) -> str:  # the secret must not end up in a log
+        return f"ClusterIdentity(start_id={self.start_id!r})"

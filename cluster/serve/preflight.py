@@ -1,0 +1,58 @@
+"""What can be found wrong within milliseconds, before any process is started."""
+
+from __future__ import annotations
+
+import json
+import socket
+from pathlib import Path
+
+from cluster.checkpoint import resolve_checkpoint
+from cluster.config import ClusterConfig
+from cluster.errors import CheckpointError, ConfigError
+from cluster.gateway.config import GatewayConfig
+
+
+def check_checkpoint(path: str) -> Path:
+    """The directory of a checkpoint that looks whole: configuration, tokenizer and weights are there.
+
+    Raises:
+        CheckpointError: a file is missing or is not JSON; the message names it.
+    """
+    directory = resolve_checkpoint(path)
+    for name in ("config.json", "tokenizer.json"):
+        file = directory / name
+        try:
+            json.loads(file.read_bytes())
+        except FileNotFoundError:
+            raise CheckpointError(f"{directory} has no {name}") from None
+        except ValueError as error:
+            raise CheckpointError(f"{file} is not valid JSON: {error}") from None
+    if not any(directory.glob("*.safetensors")):
+        raise CheckpointError(f"{directory} has no *.safetensors; other weight formats are not read")
+    return directory
+
+
+def check_port(config: GatewayConfig) -> None:
+    """Raises ConfigError where the gateway could not listen."""
+    if config.port == 0:
+        return
+    try:
+        family, kind, protocol, _, address = socket.getaddrinfo(config.host, config.port, type=socket.SOCK_STREAM)[0]
+        with socket.socket(family, kind, protocol) as probe:
+            # As gRPC binds: a port that only lingers after its last owner is free.
+            probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            probe.bind(address)
+            probe.listen()
+    except OSError as error:
+        raise ConfigError(
+            f"the gateway cannot listen on {config.host}:{config.port}: {error.strerror or error}. Stop what listens "
+            "there, or choose another with --port (0 takes a free one)",
+            field="gateway.port",
+        ) from None
+
+
+def check_machine(config: ClusterConfig) -> None:
+    """Everything above, for a cluster that will run on this machine."""
+    check_port(config.gateway)
+    for model in config.models:
+        check_checkpoint(model.path)

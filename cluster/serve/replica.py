@@ -1,0 +1,115 @@
+"""The Serve deployment of one model: each replica is an engine with its own socket for gateways."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import os
+
+import ray
+from ray import serve
+
+from cluster.engine.submission import EngineLoad
+from cluster.errors import EngineFault
+from cluster.observability.logging import configure_logging
+from cluster.observability.metrics import KV_USAGE, PREEMPTIONS, RUNNING, WAITING
+from cluster.serve.config import ModelConfig
+from cluster.serve.engine_thread import Engine
+from cluster.serve.identity import ClusterIdentity
+from cluster.serve.ray_metrics import RaySink
+from cluster.serve.replica_server import ReplicaServer
+from cluster.serve.startup_report import StartupReport
+
+_METRICS_INTERVAL_S = 1.0
+_FAULT_GRACE_S = 0.5
+
+logger = logging.getLogger(__name__)
+
+
+class ModelReplica:
+    """One engine. Serve builds, checks, replaces and stops it; gateways find its address in its metadata."""
+
+    async def __init__(self, model: ModelConfig, identity: ClusterIdentity) -> None:  # type: ignore[misc]
+        configure_logging(identity.logging.level, identity.logging.format)
+        self._model = model
+        self._replica_id = serve.get_replica_context().replica_id.unique_id
+        self._report = StartupReport(identity.start_id, f"{model.name} {self._replica_id}", self._replica_id)
+        self._host = identity.replica_host or ray.util.get_node_ip_address()
+        self._server = ReplicaServer(
+            self._create_engine,
+            replica_id=self._replica_id,
+            model=model.name,
+            secret=identity.secret,
+            host=self._host,
+            on_fault=self._end,
+        )
+        try:
+            self._port = await self._server.start()
+        except BaseException as error:
+            self._report.fail(error)
+            await self._server.stop()
+            raise
+        info = self._server.model_info
+        self._report.finish(
+            model=model.name,
+            architecture=info.architecture,
+            max_model_len=info.max_model_len,
+            dtype=info.dtype,
+            device=info.device,
+            kv_capacity_tokens=info.kv_capacity_tokens,
+            backend=info.backend,
+        )
+        self._metrics = asyncio.create_task(self._export_metrics())
+
+    def record_replica_metadata(self) -> dict[str, str]:
+        """What Serve hands to gateways when this replica is running."""
+        return {"address": f"{self._host}:{self._port}"}
+
+    async def check_health(self) -> None:
+        """Raises EngineFault where the engine is dead or stuck. That this runs at all shows that the loop lives."""
+        self._server.check()
+
+    async def __del__(self) -> None:
+        # Serve calls this once, before the process ends.
+        self._metrics.cancel()
+        if not await self._server.drain(self._model.drain_timeout_s):
+            logger.warning("replica %s stops with %d sequences running", self._replica_id, self._server.load.running)
+        await self._server.stop()
+
+    def _create_engine(self) -> Engine:
+        """Runs in the engine's thread."""
+        self._report.enter("importing torch")
+        from cluster.checkpoint import resolve_checkpoint
+        from cluster.engine.engine import Engine as TokenEngine
+        from cluster.worker.local_executor import LocalExecutor
+
+        self._report.enter("finding the checkpoint")
+        checkpoint = resolve_checkpoint(self._model.path)
+        limits = self._model.engine.scheduler
+        executor = LocalExecutor(
+            checkpoint,
+            self._model.worker,
+            limits.max_num_seqs,
+            limits.max_num_batched_tokens,
+            on_stage=self._report.enter,
+        )
+        return TokenEngine(executor, self._model.engine)
+
+    def _end(self, fault: EngineFault) -> None:
+        """A replica without an engine is worth nothing: it ends as one, and Serve builds another."""
+        logger.error("replica %s ends: %s", self._replica_id, fault.message)
+        # The failures are still on their way to the gateways.
+        asyncio.get_running_loop().call_later(_FAULT_GRACE_S, os._exit, 1)
+
+    async def _export_metrics(self) -> None:
+        sink, labels = RaySink(), {"model": self._model.name, "replica": self._replica_id}
+        preemptions, exported = 0, None
+        while True:
+            load: EngineLoad = self._server.load
+            if load != exported:
+                sink.record(RUNNING, load.running, **labels)
+                sink.record(WAITING, load.waiting, **labels)
+                sink.record(KV_USAGE, 1 - load.free_blocks / load.num_blocks, **labels)
+                sink.record(PREEMPTIONS, load.num_preemptions - preemptions, **labels)
+                preemptions, exported = load.num_preemptions, load
+            await asyncio.sleep(_METRICS_INTERVAL_S)
