@@ -169,9 +169,9 @@ class Generation:
 
     @property
     def done(self) -> bool:
-        """Every candidate has finished and been taken."""
+        """Every candidate has finished and been taken, without an error."""
         finished = bool(self.candidates) and self._num_finished == len(self.candidates)
-        return finished and not any(candidate.readable for candidate in self.candidates)
+        return finished and self.error is None and not any(candidate.readable for candidate in self.candidates)
 
     @property
     def num_tokens(self) -> int:

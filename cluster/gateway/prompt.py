@@ -32,8 +32,6 @@ async def tokenize(
     elif kind == "chat":
         messages = _chat_messages(request.chat)
         _check_size(sum(len(message["content"].encode()) for message in messages), max_prompt_bytes, "chat")
-        if not tokenizer.has_chat_template:
-            raise InvalidRequest("this model has no chat template; send a prompt", field="chat")
         token_ids = await tokenizer.encode_chat_async(messages)
     elif kind == "token_ids":
         token_ids = request.token_ids.ids

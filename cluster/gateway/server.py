@@ -74,7 +74,11 @@ class Gateway:
         """
         tokenizers = [await asyncio.to_thread(Tokenizer.from_checkpoint, model.checkpoint) for model in self._models]
         server = self._make_server()
-        port = self._bind(server)
+        try:
+            port = self._bind(server)
+        except ConfigError:
+            await server.stop(grace=None)
+            raise
         self._catalog = Catalog(
             CatalogEntry(
                 model.name,

@@ -1,0 +1,229 @@
+"""A replica without a model: ReplicaService over the real wire, tokens from a script. In process or as a process."""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import random
+from collections.abc import Callable, Sequence
+
+import grpc
+
+from cluster.v1 import inference_pb2, replica_pb2, replica_pb2_grpc
+
+SECRET = "test-secret"
+EOS = 256
+VOCAB_SIZE = 257
+
+Script = Callable[[replica_pb2.Submit, int], Sequence[int]]
+
+
+def letters(submit: replica_pb2.Submit, candidate_index: int) -> list[int]:
+    """Lower-case letters and spaces that depend on (seed, candidate, position) alone, as a sampler's tokens do."""
+    rng = random.Random(f"{submit.sampling.seed}/{candidate_index}")
+    return rng.choices(b"abcdefghijklmnopqrstuvwxyz ", k=submit.sampling.max_tokens)
+
+
+class _Sequence:
+    def __init__(self, submit: replica_pb2.Submit, candidate_index: int, token_ids: Sequence[int]) -> None:
+        self.submit = submit
+        self.candidate_index = candidate_index
+        self.token_ids = list(token_ids)[: submit.sampling.max_tokens]
+        self.position = 0
+
+    def step(self, num_tokens: int) -> replica_pb2.TokenDelta:
+        end = min(self.position + num_tokens, len(self.token_ids))
+        token_ids = self.token_ids[self.position : end]
+        self.position = end
+        delta = replica_pb2.TokenDelta(id=self.submit.id, candidate_index=self.candidate_index, token_ids=token_ids)
+        if self.submit.sampling.HasField("logprobs"):
+            for token_id in token_ids:
+                top = [
+                    inference_pb2.TokenLogprob(token_id=(token_id + rank) % VOCAB_SIZE, logprob=-0.5 - rank)
+                    for rank in range(self.submit.sampling.logprobs)
+                ]
+                chosen = inference_pb2.TokenLogprob(token_id=token_id, logprob=-0.5)
+                delta.logprobs.append(inference_pb2.PositionLogprobs(chosen=chosen, top=top))
+        if end == len(self.token_ids):
+            stopped = bool(token_ids) and token_ids[-1] == EOS
+            delta.finish_reason = inference_pb2.FINISH_REASON_STOP if stopped else inference_pb2.FINISH_REASON_LENGTH
+        return delta
+
+
+class FakeReplica(replica_pb2_grpc.ReplicaServiceServicer):
+    """Emits ``tokens_per_step`` tokens of each running candidate per step, all in one frame.
+
+    Args:
+        script: the whole completion of a candidate; EOS in its end makes it STOP, else it is LENGTH.
+        step_s: pace; 0 is as fast as it goes.
+        gated: steps only happen when ``allow`` was called.
+
+    Attributes:
+        submits, cancels: what came in, in order.
+        running: live candidates by (submission id, candidate index).
+        refusal: where set, submits are answered with this failure.
+    """
+
+    def __init__(
+        self,
+        script: Script = letters,
+        *,
+        replica_id: str = "replica-0",
+        model: str = "test",
+        secret: str = SECRET,
+        max_model_len: int = 512,
+        vocab_size: int = VOCAB_SIZE,
+        protocol_version: int = 1,
+        tokens_per_step: int = 1,
+        step_s: float = 0.0,
+        gated: bool = False,
+    ) -> None:
+        self.replica_id = replica_id
+        self.submits: list[replica_pb2.Submit] = []
+        self.cancels: list[replica_pb2.Cancel] = []
+        self.running: dict[tuple[int, int], _Sequence] = {}
+        self.refusal: replica_pb2.Failure | None = None
+        self.num_connections = 0
+        self.num_rejected = 0
+        self._hello = replica_pb2.ReplicaHello(
+            replica_id=replica_id,
+            model=model,
+            architecture="FakeForCausalLM",
+            max_model_len=max_model_len,
+            vocab_size=vocab_size,
+            dtype="float32",
+            device="cpu",
+            kv_capacity_tokens=1600,
+            protocol_version=protocol_version,
+        )
+        self._script = script
+        self._secret = secret
+        self._tokens_per_step = tokens_per_step
+        self._step_s = step_s
+        self._gated = gated
+        self._allowed = 0
+        self._draining = False
+        self._news = replica_pb2.ReplicaFrame()
+        self._changed = asyncio.Condition()
+        self._server: grpc.aio.Server | None = None
+        self._port = 0
+
+    # -- control ------------------------------------------------------------------------------------------------------
+
+    async def start(self) -> str:
+        """Serves on a free port, or on its old one when started again; returns the address."""
+        self._server = grpc.aio.server(
+            options=(("grpc.so_reuseport", 0), ("grpc.http2.min_recv_ping_interval_without_data_ms", 5_000))
+        )
+        replica_pb2_grpc.add_ReplicaServiceServicer_to_server(self, self._server)
+        self._port = self._server.add_insecure_port(f"127.0.0.1:{self._port}")
+        await self._server.start()
+        return f"127.0.0.1:{self._port}"
+
+    async def stop(self) -> None:
+        """Breaks every stream, as a death does."""
+        if self._server is not None:
+            await self._server.stop(grace=None)
+            self._server = None
+
+    async def allow(self, num_steps: int) -> None:
+        """Lets a gated replica make so many more steps."""
+        async with self._changed:
+            self._allowed += num_steps
+            self._changed.notify_all()
+
+    async def drain(self) -> None:
+        """Says that it takes no new work."""
+        async with self._changed:
+            self._draining = True
+            self._news.load.CopyFrom(self._load())
+            self._changed.notify_all()
+
+    async def until(self, condition: Callable[[], bool]) -> None:
+        """Waits until ``condition`` holds; it is looked at whenever something came in or ended."""
+        async with self._changed:
+            await asyncio.wait_for(self._changed.wait_for(condition), timeout=10)
+
+    # -- the service --------------------------------------------------------------------------------------------------
+
+    async def Connect(self, request_iterator, context: grpc.aio.ServicerContext) -> None:
+        if dict(context.invocation_metadata()).get("cluster-secret") != self._secret:
+            async with self._changed:
+                self.num_rejected += 1
+                self._changed.notify_all()
+            await context.abort(grpc.StatusCode.UNAUTHENTICATED, "wrong cluster-secret")
+        async with self._changed:
+            self.num_connections += 1
+            self._changed.notify_all()
+        await context.write(replica_pb2.ReplicaFrame(hello=self._hello, load=self._load()))
+        reader = asyncio.create_task(self._read(request_iterator))
+        try:
+            while not reader.done():
+                await self._step(context)
+        finally:
+            reader.cancel()
+            async with self._changed:
+                self.running.clear()
+                self._changed.notify_all()
+
+    def _load(self) -> replica_pb2.ReplicaLoad:
+        return replica_pb2.ReplicaLoad(
+            running=len(self.running), free_blocks=75, num_blocks=100, draining=self._draining
+        )
+
+    async def _read(self, frames) -> None:
+        async for frame in frames:
+            async with self._changed:
+                for submit in frame.submits:
+                    self._submit(submit)
+                for cancel in frame.cancels:
+                    self._cancel(cancel)
+                self._changed.notify_all()
+
+    def _submit(self, submit: replica_pb2.Submit) -> None:
+        self.submits.append(submit)
+        if self.refusal is not None:
+            failure = self._news.failures.add()
+            failure.CopyFrom(self.refusal)
+            failure.id = submit.id
+            return
+        for index in range(submit.sampling.n):
+            self.running[submit.id, index] = _Sequence(submit, index, self._script(submit, index))
+
+    def _cancel(self, cancel: replica_pb2.Cancel) -> None:
+        self.cancels.append(cancel)
+        for key in list(self.running):
+            if key[0] == cancel.id and (not cancel.HasField("candidate_index") or key[1] == cancel.candidate_index):
+                del self.running[key]
+
+    async def _step(self, context: grpc.aio.ServicerContext) -> None:
+        async with self._changed:
+            await self._changed.wait_for(
+                lambda: self._news.ByteSize() or (self.running and (self._allowed or not self._gated))
+            )
+            frame, self._news = self._news, replica_pb2.ReplicaFrame()
+            if self.running and (self._allowed or not self._gated):
+                self._allowed -= self._gated
+                for key, sequence in list(self.running.items()):
+                    frame.deltas.append(sequence.step(self._tokens_per_step))
+                    if sequence.position == len(sequence.token_ids):
+                        del self.running[key]
+                self._changed.notify_all()
+            frame.load.CopyFrom(self._load())
+        await context.write(frame)
+        if self._step_s:
+            await asyncio.sleep(self._step_s)
+
+
+async def _serve(step_s: float) -> None:
+    replica = FakeReplica(step_s=step_s, max_model_len=1 << 20, vocab_size=1 << 16)
+    print(await replica.start(), flush=True)
+    await asyncio.Event().wait()
+
+
+if __name__ == "__main__":
+    import uvloop
+
+    parser = argparse.ArgumentParser()
+    parser.add_argument("--step-ms", type=float, default=20.0)
+    uvloop.run(_serve(parser.parse_args().step_ms / 1000))
