@@ -91,8 +91,12 @@ def test_a_wrong_byte_does_not_take_the_run_along(byte_fallback_tokenizer):
     assert detokenizer.finish() == ""
 
 
-@pytest.mark.parametrize("decoder", [decoders.Metaspace(), decoders.BPEDecoder("▁"), decoders.WordPiece("▁"), None])
-@settings(max_examples=100, deadline=None, derandomize=True)
+@pytest.mark.parametrize(
+    "decoder",
+    [decoders.Metaspace(), decoders.BPEDecoder("f"), decoders.WordPiece("▁"), None],  # "f" ends "f" and "▁def"
+    ids=["metaspace", "word end", "word piece", "none"],
+)
+@settings(max_examples=200, deadline=None, derandomize=True)
 @given(data=st.data())
 def test_other_decoders_equal_decode(decoder, data):
     backend = sentencepiece_like()
