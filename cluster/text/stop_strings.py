@@ -36,6 +36,7 @@ class StopStrings:
 
     def __init__(self, stop: tuple[str, ...]) -> None:
         self._patterns = [_Pattern(text) for text in stop]
+        self._first_chars = frozenset(text[0] for text in stop)
         self._held = ""
 
     def push(self, text: str, *, may_stop: bool) -> tuple[str, bool]:
@@ -47,8 +48,8 @@ class StopStrings:
         Returns:
             The text that is certain, and whether a stop string was matched; nothing may be pushed after that.
         """
-        if not self._patterns:
-            return text, False
+        if not self._held and self._first_chars.isdisjoint(text):
+            return text, False  # nothing has begun and nothing begins
         buffer = self._held + text
         for index, char in enumerate(text, start=len(self._held) + 1):
             matches = [pattern.length for pattern in self._patterns if pattern.advance(char)]
