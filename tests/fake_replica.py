@@ -113,7 +113,7 @@ class FakeReplica(replica_pb2_grpc.ReplicaServiceServicer):
     async def start(self) -> str:
         """Serves on a free port, or on its old one when started again; returns the address."""
         self._server = grpc.aio.server(
-            options=(("grpc.so_reuseport", 0), ("grpc.http2.min_recv_ping_interval_without_data_ms", 5_000))
+            options=(("grpc.so_reuseport", 0), ("grpc.http2.min_ping_interval_without_data_ms", 5_000))
         )
         replica_pb2_grpc.add_ReplicaServiceServicer_to_server(self, self._server)
         self._port = self._server.add_insecure_port(f"127.0.0.1:{self._port}")

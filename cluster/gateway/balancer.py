@@ -11,8 +11,6 @@ from cluster.errors import ModelWarming
 from cluster.gateway.replica_link import ReplicaAddress, ReplicaLink
 from cluster.v1 import inference_pb2, replica_pb2
 
-_WARMING_RETRY_S = 1.0
-
 
 class Balancer:
     """Holds a link to each replica of a model; sends each request to the ready one with the least outstanding tokens.
@@ -96,9 +94,7 @@ class Balancer:
         return self._links[replica_id]
 
     def _warming(self) -> ModelWarming:
-        return ModelWarming(
-            f"model {self.model!r} has no ready replica; nothing was executed", retry_after_s=_WARMING_RETRY_S
-        )
+        return ModelWarming(f"model {self.model!r} has no ready replica; nothing was executed")
 
     def _changed(self) -> None:
         self._retired = [link for link in self._retired if not link.closed]

@@ -10,7 +10,6 @@ from cluster.errors import AlreadyExists, Cancelled, Draining, GenerationNotFoun
 from cluster.gateway.generation import Generation
 from cluster.observability.metrics import MetricSink
 
-_RETRY_S = 1.0
 _MAX_ENDED = 4096
 
 
@@ -46,9 +45,9 @@ class GenerationTable:
             AlreadyExists: ``request_id`` names an open one.
         """
         if self.draining:
-            raise Draining("the gateway is shutting down; nothing was executed", retry_after_s=_RETRY_S)
+            raise Draining("the gateway is shutting down; nothing was executed")
         if len(self._by_id) >= self._max_open:
-            raise Overloaded(f"{self._max_open} generations are open already; try again", retry_after_s=_RETRY_S)
+            raise Overloaded(f"{self._max_open} generations are open already; try again")
         generation_id = f"gen-{secrets.token_hex(12)}"
         request_id = request_id or generation_id
         if request_id in self._by_request_id:

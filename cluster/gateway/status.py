@@ -34,6 +34,8 @@ _CODES = {
     errors.Unsupported: grpc.StatusCode.UNIMPLEMENTED,
 }
 
+_DEFAULT_RETRY_S = 1.0  # where a retry helps and nobody knows when
+
 logger = logging.getLogger(__name__)
 
 
@@ -53,8 +55,11 @@ def status_of(error: Exception) -> grpc.Status:
     if error.field:
         violation = error_details_pb2.BadRequest.FieldViolation(field=error.field, description=error.message)
         status.details.add().Pack(error_details_pb2.BadRequest(field_violations=[violation]))
-    if error.retry_after_s is not None:
+    retry_after_s = error.retry_after_s
+    if retry_after_s is None and error.retryable:
+        retry_after_s = _DEFAULT_RETRY_S
+    if retry_after_s is not None:
         delay = Duration()
-        delay.FromNanoseconds(int(error.retry_after_s * 1e9))
+        delay.FromNanoseconds(int(retry_after_s * 1e9))
         status.details.add().Pack(error_details_pb2.RetryInfo(retry_delay=delay))
     return rpc_status.to_status(status)

@@ -7,7 +7,7 @@ import asyncio
 import grpc
 import pytest
 from conftest import CONNECTING, DRAINING, READY, CreateSetup, Setup, collect, failure, request
-from fake_replica import EOS, FakeReplica, letters
+from fake_replica import FakeReplica, letters
 
 from cluster.v1 import inference_pb2 as pb
 from cluster.v1 import inference_pb2_grpc, replica_pb2
@@ -131,15 +131,6 @@ async def test_a_slow_reader_is_cut_off_and_others_are_not(create_setup: CreateS
     assert (end.code, end.reason) == (grpc.StatusCode.RESOURCE_EXHAUSTED, "QUOTA_EXCEEDED")
     assert received == letters(setup.replica.submits[0], 0)[: len(received)]
     await channel.close()
-
-
-async def test_unread_tokens_come_in_one_chunk(create_setup: CreateSetup) -> None:
-    """A frame that brings two deltas of a candidate wakes the writer once."""
-    setup = await create_setup(FakeReplica(lambda submit, candidate: [*b"abcdef", EOS], tokens_per_step=7))
-    (chunk,) = await collect(setup.stub.GenerateStream(request()))
-    assert (chunk.text_delta, len(chunk.token_ids)) == ("abcdef", 7)
-    assert chunk.finish_reason == pb.FINISH_REASON_STOP
-    assert chunk.seed == 7
 
 
 async def test_a_replica_lost_after_the_first_token(create_setup: CreateSetup) -> None:

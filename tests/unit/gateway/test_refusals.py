@@ -174,6 +174,7 @@ async def test_what_a_replica_refuses(create_setup: CreateSetup, reason: str, co
     refusal = await failure(setup.stub.Generate(request()))
     assert (refusal.code, refusal.reason, refusal.message) == (code, reason, "because")
     assert refusal.field == "sampling.n"
+    assert (refusal.retry_after_s is not None) == (reason in ("OVERLOADED", "DRAINING"))
 
 
 @pytest.mark.parametrize("error_class", errors._subclasses(errors.ClusterError))
