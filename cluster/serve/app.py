@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import secrets
-import threading
 import time
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
@@ -91,21 +90,20 @@ class Cluster:
         try:
             self._start()
         except BaseException:
-            self.stop(hurry=_always())
+            self.stop(hurry=lambda: True)
             raise
 
-    def stop(self, hurry: threading.Event | None = None) -> None:
+    def stop(self, hurry: Callable[[], bool] = lambda: False) -> None:
         """Drains gateway and replicas, then ends all that ``start`` made. Idempotent.
 
         Args:
-            hurry: when set, even later, what still runs is not waited for.
+            hurry: asked now and then; once it says yes, what still runs is not waited for.
         """
         import ray
         from ray import serve
 
-        hurry = hurry or threading.Event()
         if self._connected:
-            if not (self._ray and hurry.is_set()):
+            if not (self._ray and hurry()):
                 serve.delete(APP_NAME, _blocking=False)
                 self._await_deleted(hurry)
             self._connected = False
@@ -216,20 +214,15 @@ class Cluster:
             messages = [deployment.message for deployment in application.deployments.values() if deployment.message]
             raise EngineFault("gateway or replicas did not start: " + " ".join(" ".join(messages).split())[:1000])
 
-    def _await_deleted(self, hurry: threading.Event) -> None:
+    def _await_deleted(self, hurry: Callable[[], bool]) -> None:
         from ray import serve
 
         drains = [self._config.gateway.drain_timeout_s, *(model.drain_timeout_s for model in self._config.models)]
         deadline = time.monotonic() + max(drains) + _STOP_MARGIN_S
         while APP_NAME in serve.status().applications and time.monotonic() < deadline:
-            if hurry.wait(_POLL_S):
+            if hurry():
                 return
-
-
-def _always() -> threading.Event:
-    event = threading.Event()
-    event.set()
-    return event
+            time.sleep(_POLL_S)
 
 
 def _await_serving(address: str) -> None:

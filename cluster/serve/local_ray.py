@@ -110,7 +110,7 @@ class LocalRay:
 
 
 def quieten() -> None:
-    """Of Ray's own messages only errors reach the terminal; its log files have them all. Serve resets this on import."""
+    """Of Ray's own messages only errors reach the terminal; its log files have all. Serve resets this on import."""
     for name in ("ray", "ray.serve"):
         logging.getLogger(name).setLevel(logging.ERROR)
 
