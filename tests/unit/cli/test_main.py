@@ -5,9 +5,10 @@ import signal
 import socket
 import subprocess
 import sys
+import threading
 
 import pytest
-from scripted_server import DEMO, chunks_of, hanging
+from scripted_server import DEMO, chunks_of, hanging, response_of
 from typer.testing import CliRunner
 
 from cluster import errors
@@ -79,6 +80,24 @@ def test_ctrl_c_is_130_and_cancels(spawn, server):
     _, stderr = process.communicate(timeout=60)
     assert (process.returncode, stderr) == (130, b"")
     assert server.ended.get(timeout=30) == "GenerateStream"
+
+
+def test_ctrl_c_is_130_and_cancels_where_the_answer_comes_at_once(spawn, server):
+    started, gone = threading.Event(), threading.Event()
+
+    def wait(request, context):
+        context.add_callback(gone.set)
+        started.set()
+        gone.wait(60)
+        return response_of("late")
+
+    server.script("Generate", wait)
+    process = spawn("generate", "x", "--no-stream")
+    assert started.wait(timeout=60)
+    process.send_signal(signal.SIGINT)
+    assert process.communicate(timeout=60) == (b"", b"")
+    assert process.returncode == 130
+    assert gone.wait(timeout=30)
 
 
 def test_a_reader_that_leaves_is_no_error(spawn, server):

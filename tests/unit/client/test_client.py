@@ -1,7 +1,6 @@
 """The blocking client against a real gRPC server with written answers."""
 
 import gc
-import signal
 import socket
 import threading
 
@@ -333,21 +332,6 @@ def test_breaking_out_cancels_at_the_server(client, server):
         break
     gc.collect()
     assert server.ended.get(timeout=30) == "GenerateStream"
-
-
-def test_ctrl_c_in_a_call_that_answers_once_cancels_at_the_server(client, server):
-    gone = threading.Event()
-
-    def interrupt_the_client(request, context):
-        context.add_callback(gone.set)
-        signal.pthread_kill(threading.main_thread().ident, signal.SIGINT)
-        gone.wait(60)
-        return response_of("late")
-
-    server.script("Generate", interrupt_the_client)
-    with pytest.raises(KeyboardInterrupt):
-        client.generate("x")
-    assert gone.wait(timeout=30)
 
 
 def test_closing_from_another_thread_wakes_the_reader(client, server):
