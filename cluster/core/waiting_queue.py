@@ -19,8 +19,9 @@ class WaitingQueue:
 
     Ageing: a request is *overdue* once ``AGEING_S`` seconds have gone since its arrival. While the oldest of all that
     wait is overdue, at most ``MAX_PASSED`` admissions in a row go to others; the next one is its. So an overdue request
-    that ``m`` older ones wait beside is admitted after at most ``(MAX_PASSED + 1) * (m + 1)`` admissions whatever
-    arrives meanwhile, and lower classes take no more than one admission in ``MAX_PASSED + 1`` from the urgent ones.
+    that ``m`` older ones wait beside (or come back to, preempted) is admitted after at most
+    ``(MAX_PASSED + 1) * (m + 1)`` admissions whatever arrives meanwhile, and lower classes take no more than one
+    admission in ``MAX_PASSED + 1`` from the urgent ones.
     """
 
     def __init__(self) -> None:
