@@ -1,7 +1,8 @@
-"""CPU time per streamed token of the gateway, against a fake replica: no model, every other part real.
+"""CPU time per streamed token of the gateway and of the replica: no model, every other part real.
 
-Three processes: a gateway (uvloop), a replica that emits one token per stream and step at a steady pace, and this one,
-which holds the client streams. Prints one JSON object. CPU time, not wall time, so a busy machine matters little.
+Three processes: a gateway, a replica (stream server, engine, scheduler) whose executor makes up one token per stream
+and step at a steady pace, and this one, which holds the client streams. CPU time, not wall time, so a busy machine
+matters little.
 
     python tests/bench/bench_data_path.py --streams 64 --step-ms 20 --seconds 8
 """
@@ -10,27 +11,79 @@ from __future__ import annotations
 
 import argparse
 import asyncio
-import json
-import os
-import platform
 import subprocess
 import sys
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
-from pathlib import Path
 
 import grpc
 import psutil
 import uvloop
 from grpc_health.v1 import health_pb2, health_pb2_grpc
+from stamp import report
 
 from cluster.checkpoint import resolve_checkpoint
+from cluster.core.config import SchedulerConfig
+from cluster.core.model_info import ModelInfo
+from cluster.core.step import SampledToken, StepInput, StepOutput
+from cluster.engine.config import EngineConfig
+from cluster.engine.engine import Engine
 from cluster.gateway.config import GatewayConfig
 from cluster.gateway.server import Gateway, ReplicaAddress, ServedModel
+from cluster.serve.replica_server import ReplicaServer
+from cluster.text.tokenizer import Tokenizer
 from cluster.v1 import inference_pb2, inference_pb2_grpc
 
-TESTS = Path(__file__).parents[1]
 SECRET = "test-secret"
+
+
+class PacedExecutor:
+    """Makes up a token for every sequence, one step per ``step_s``."""
+
+    max_in_flight = 1
+
+    def __init__(self, vocab_size: int, step_s: float) -> None:
+        self.model = ModelInfo(
+            architecture="none",
+            max_model_len=200_000,
+            vocab_size=vocab_size,
+            eos_token_ids=(),
+            dtype="none",
+            device="none",
+            num_blocks=2**20,
+            block_size=16,
+            backend="none",
+        )
+        self._vocab_size = vocab_size
+        self._step_s = step_s
+        self._next = time.monotonic()
+
+    def submit(self, step: StepInput) -> None:
+        self._step = step
+
+    def collect(self) -> StepOutput:
+        self._next = max(self._next + self._step_s, time.monotonic())
+        time.sleep(max(0.0, self._next - time.monotonic()))
+        token = SampledToken(token_id=self._step.step_id % self._vocab_size)
+        sampled = {share.sequence_id: token for share in self._step.scheduled if share.samples}
+        return StepOutput(step_id=self._step.step_id, sampled=sampled)
+
+    def shutdown(self) -> None:
+        return
+
+
+async def serve_replica(model: str, num_streams: int, step_s: float) -> None:
+    vocab_size = Tokenizer.from_checkpoint(resolve_checkpoint(model, weights=False)).vocab_size
+    scheduler = SchedulerConfig(max_num_seqs=num_streams, max_num_batched_tokens=max(2048, num_streams))
+    server = ReplicaServer(
+        lambda: Engine(PacedExecutor(vocab_size, step_s), EngineConfig(scheduler=scheduler)),
+        replica_id="replica-0",
+        model="test",
+        secret=SECRET,
+    )
+    print(f"127.0.0.1:{await server.start()}", flush=True)
+    await asyncio.Event().wait()
 
 
 async def serve_gateway(replica_address: str, model: str) -> None:
@@ -95,13 +148,9 @@ async def measure(
         "tokens_per_message": round(tokens / messages, 3),
         "gateway_us_per_token": round(1e6 * gateway_s / tokens, 1),
         "replica_us_per_token": round(1e6 * replica_s / tokens, 1),
+        "us_per_token": round(1e6 * (gateway_s + replica_s) / tokens, 1),
         "gateway_rss_mib": round(gateway.memory_info().rss / 2**20, 1),
     }
-
-
-def commit() -> str:
-    git = subprocess.run(["git", "rev-parse", "--short", "HEAD"], cwd=TESTS, capture_output=True, text=True)
-    return git.stdout.strip()
 
 
 def main() -> None:
@@ -111,21 +160,24 @@ def main() -> None:
     parser.add_argument("--seconds", type=float, default=8.0)
     parser.add_argument("--warm-up-s", type=float, default=2.0)
     parser.add_argument("--model", default="demo", help="whose tokenizer is used: as for 'cluster serve'")
+    parser.add_argument("--serve-replica", action="store_true", help=argparse.SUPPRESS)
     parser.add_argument("--serve-gateway", metavar="REPLICA", help=argparse.SUPPRESS)
     arguments = parser.parse_args()
-    if arguments.serve_gateway:
-        uvloop.run(serve_gateway(arguments.serve_gateway, arguments.model))
+    if arguments.serve_replica:
+        asyncio.run(serve_replica(arguments.model, arguments.streams, arguments.step_ms / 1e3))
         return
-    fake_replica = str(TESTS / "fake_replica.py")
+    if arguments.serve_gateway:
+        asyncio.run(serve_gateway(arguments.serve_gateway, arguments.model))
+        return
+    again = [__file__, *sys.argv[1:]]
     with (
-        process(fake_replica, "--step-ms", str(arguments.step_ms)) as (replica, replica_address),
-        process(__file__, "--model", arguments.model, "--serve-gateway", replica_address) as (gateway, address),
+        process(*again, "--serve-replica") as (replica, replica_address),
+        process(*again, "--serve-gateway", replica_address) as (gateway, address),
     ):
         figures = uvloop.run(
             measure(gateway, replica, address, arguments.streams, arguments.seconds, arguments.warm_up_s)
         )
-    stamp = {"cpu": platform.processor() or platform.machine(), "cores": os.cpu_count(), "commit": commit()}
-    print(json.dumps({"streams": arguments.streams, "step_ms": arguments.step_ms, **figures, **stamp}))
+    report({"streams": arguments.streams, "step_ms": arguments.step_ms, **figures})
 
 
 if __name__ == "__main__":
