@@ -30,6 +30,10 @@ def silu_mul(gate_up_TF: Tensor) -> Tensor:
 
 
 def reshape_and_cache(k_TGD: Tensor, v_TGD: Tensor, kv_cache: Tensor, slot_mapping_T: Tensor) -> None:
+    if k_TGD.dtype == torch.float16:
+        # Where one sequence overflows, no infinity may stay in a block that another sequence gets later: masked slots
+        # are multiplied by zero, which does not silence it.
+        k_TGD, v_TGD = k_TGD.nan_to_num(), v_TGD.nan_to_num()
     k_slots, v_slots = kv_cache.flatten(1, 2).unbind()
     k_slots.index_copy_(0, slot_mapping_T, k_TGD)
     v_slots.index_copy_(0, slot_mapping_T, v_TGD)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from typing import Any, Literal
 
 from cluster.core.model_info import ModelInfo
@@ -42,6 +42,7 @@ class _WorkerSequence:
         self.token_ids = list(new.token_ids)
         self.block_ids: list[int] = []
         self.num_computed_tokens = 0
+        self.failed = ""
 
 
 class FakeExecutor:
@@ -54,6 +55,7 @@ class FakeExecutor:
         script: completion tokens by index; every sequence follows it, and draws where it ends.
         max_in_flight: steps under way at once.
         fault_in: the call that raises EngineFault, from step ``fault_at_step`` on.
+        failing: (sequence id, position) pairs whose token cannot be sampled.
     """
 
     def __init__(
@@ -63,6 +65,7 @@ class FakeExecutor:
         max_in_flight: int = 1,
         fault_in: Literal["submit", "collect"] | None = None,
         fault_at_step: int = 0,
+        failing: Collection[tuple[int, int]] = (),
         **model: Any,
     ) -> None:
         self.model = create_model_info(**model)
@@ -72,6 +75,7 @@ class FakeExecutor:
         self._script = script
         self._fault_in = fault_in
         self._fault_at_step = fault_at_step
+        self._failing = failing
         self._outputs: deque[StepOutput] = deque()
         self._sequences: dict[int, _WorkerSequence] = {}
         self._dropped: dict[int, list[int]] = {}
@@ -102,7 +106,11 @@ class FakeExecutor:
         assert len(set(scheduled_ids)) == len(scheduled_ids), "a sequence is scheduled twice in a step"
         sampled = {share.sequence_id: self._compute(share) for share in step.scheduled}
         self._outputs.append(
-            StepOutput(step_id=step.step_id, sampled={i: token for i, token in sampled.items() if token is not None})
+            StepOutput(
+                step_id=step.step_id,
+                sampled={i: token for i, token in sampled.items() if isinstance(token, SampledToken)},
+                failed={i: why for i, why in sampled.items() if isinstance(why, str)},
+            )
         )
 
     def collect(self) -> StepOutput:
@@ -118,8 +126,10 @@ class FakeExecutor:
         if call == self._fault_in and step_id >= self._fault_at_step:
             raise EngineFault(f"the fake device failed in step {step_id}")
 
-    def _compute(self, share: ScheduledSequence) -> SampledToken | None:
+    def _compute(self, share: ScheduledSequence) -> SampledToken | str | None:
         sequence = self._sequences[share.sequence_id]
+        if sequence.failed:
+            return sequence.failed
         assert share.num_computed_tokens == sequence.num_computed_tokens, "computed tokens do not continue"
         assert share.num_new_tokens >= 1, "an empty share"
         end = share.num_computed_tokens + share.num_new_tokens
@@ -133,7 +143,12 @@ class FakeExecutor:
             entry = self._kv[self._slot(sequence, position)]
             assert entry == (share.sequence_id, position, sequence.token_ids[position]), "KV of another token"
         sequence.num_computed_tokens = end
-        return self._sample(sequence) if share.samples else None
+        if not share.samples:
+            return None
+        if (share.sequence_id, end) in self._failing:
+            sequence.failed = "the fake logits mean nothing"
+            return sequence.failed
+        return self._sample(sequence)
 
     def _slot(self, sequence: _WorkerSequence, position: int) -> tuple[int, int]:
         block_id = sequence.block_ids[position // self.model.block_size]

@@ -6,7 +6,7 @@ once (``NewSequence``); after that only what changed travels (``ScheduledSequenc
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from cluster.core.request import SamplingParams
 
@@ -69,7 +69,14 @@ class SampledToken:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class StepOutput:
-    """Result of the StepInput with the same ``step_id``: one token per sequence that sampled."""
+    """Result of the StepInput with the same ``step_id``.
+
+    Attributes:
+        sampled: one token per sequence that sampled.
+        failed: sequences that should have sampled and could not, and why; the others are not touched by it. What was
+            planned ahead for such a sequence fails too.
+    """
 
     step_id: int
     sampled: dict[int, SampledToken]
+    failed: dict[int, str] = field(default_factory=dict)

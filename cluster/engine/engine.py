@@ -166,7 +166,7 @@ class Engine:
                 self._executor.submit(self._step_input(schedule))
                 self._in_flight.append(schedule)
             if self._in_flight:
-                events.deltas.extend(self._take_in(self._in_flight.popleft(), self._executor.collect()))
+                self._take_in(self._in_flight.popleft(), self._executor.collect(), events)
         except EngineFault as fault:
             events.failures.extend(self._die(fault))
         return events
@@ -192,12 +192,17 @@ class Engine:
             dropped=schedule.dropped,
         )
 
-    def _take_in(self, schedule: Schedule, output: StepOutput) -> list[Delta]:
+    def _take_in(self, schedule: Schedule, output: StepOutput, events: StepEvents) -> None:
         stopped: set[int] = set()
+        failed: dict[int, str] = {}  # by submission: a candidate's failure ends its siblings, and nobody else
         sampled: list[tuple[Sequence, SampledToken]] = []
         for share in schedule.scheduled:
             sequence = self._sequences.get(share.sequence_id)
             if not share.samples or sequence is None:  # None: it ended while this step was under way
+                continue
+            if share.sequence_id in output.failed:
+                failed[sequence.submission_id] = output.failed[share.sequence_id]
+                self.cancel(sequence.submission_id)
                 continue
             token = output.sampled.get(share.sequence_id)
             if token is None:
@@ -205,10 +210,13 @@ class Engine:
             if sequence.append(token.token_id):
                 stopped.add(share.sequence_id)
             sampled.append((sequence, token))
+        events.failures.extend(
+            Failure(submission_id=submission_id, error=EngineFault(why)) for submission_id, why in failed.items()
+        )
         finished = dict(self._scheduler.update(schedule, stopped))
         for sequence_id in finished:
             self._forget(sequence_id)
-        return [
+        events.deltas.extend(
             Delta(
                 submission_id=sequence.submission_id,
                 candidate_index=sequence.candidate_index,
@@ -218,7 +226,8 @@ class Engine:
                 cached_tokens=0,
             )
             for sequence, token in sampled
-        ]
+            if sequence.submission_id not in failed
+        )
 
     def _fail_expired(self, schedule: Schedule) -> list[Failure]:
         failures: list[Failure] = []

@@ -14,6 +14,11 @@ from cluster.models.registry import Model
 from cluster.worker.input_batch import InputBatch, StepArrays
 from cluster.worker.sampler import SamplingRow, sample
 
+_NOT_FINITE = (
+    "the model's logits are not finite: its weights are damaged, or activations overflowed (worker.dtype float32 or "
+    "bfloat16 reach further than float16)"
+)
+
 
 class ModelRunner:
     """Runs steps of one model over one KV cache. Not thread-safe; holds the state of the live sequences."""
@@ -38,7 +43,7 @@ class ModelRunner:
         """Computes the step's tokens and draws one for each sequence that samples.
 
         Raises:
-            EngineFault: the step contradicts those before it, or the logits are not finite.
+            EngineFault: the step contradicts those before it.
         """
         self._batch.apply(step)
         if not step.scheduled:
@@ -65,12 +70,14 @@ class ModelRunner:
                 for state in rows
             ],
         )
+        output = StepOutput(step_id=step.step_id, sampled={})
         for state, token in zip(rows, tokens, strict=True):
-            self._batch.append(state, token.token_id)
-        return StepOutput(
-            step_id=step.step_id,
-            sampled={state.sequence_id: token for state, token in zip(rows, tokens, strict=True)},
-        )
+            if token is None:
+                output.failed[state.sequence_id] = _NOT_FINITE
+            else:
+                self._batch.append(state, token.token_id)
+                output.sampled[state.sequence_id] = token
+        return output
 
     def _forward(self, arrays: StepArrays) -> Tensor:
         """Hidden states (T, D)."""

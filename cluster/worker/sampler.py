@@ -58,7 +58,7 @@ class SamplingRow:
     stop_token_ids: Sequence[int]
 
 
-def sample(logits_SV: torch.Tensor, rows: Sequence[SamplingRow]) -> list[SampledToken]:
+def sample(logits_SV: torch.Tensor, rows: Sequence[SamplingRow]) -> list[SampledToken | None]:
     """One token per row, with log probabilities of the raw distribution where asked for.
 
     The order of operations: repetition penalty, presence and frequency penalties, logit bias, ``min_tokens``;
@@ -69,12 +69,21 @@ def sample(logits_SV: torch.Tensor, rows: Sequence[SamplingRow]) -> list[Sampled
         logits_SV: float32, unchanged by the call.
         rows: one per row of logits.
 
-    Raises:
-        EngineFault: a row's largest logit is not finite (NaN, or an overflow): no token of it would mean anything.
+    Returns:
+        None for a row whose largest logit is not finite (NaN, or an overflow): no token of it would mean anything.
     """
     if not rows:
         return []
-    _check_finite(logits_SV)
+    # A maximum carries NaN along, and is infinite after an overflow or where no token has a finite logit.
+    finite_S = logits_SV.amax(dim=-1).isfinite()
+    if bool(finite_S.all()):
+        return list(_sample_finite(logits_SV, rows))
+    finite = finite_S.tolist()
+    rest = iter(sample(logits_SV[finite_S], [row for row, is_finite in zip(rows, finite, strict=True) if is_finite]))
+    return [next(rest) if is_finite else None for is_finite in finite]
+
+
+def _sample_finite(logits_SV: torch.Tensor, rows: Sequence[SamplingRow]) -> list[SampledToken]:
     scores_SV = _adjusted(logits_SV, rows)
     drawn = [i for i, row in enumerate(rows) if row.sampling.temperature >= _MIN_TEMPERATURE]
     if len(drawn) < len(rows):
@@ -90,17 +99,6 @@ def sample(logits_SV: torch.Tensor, rows: Sequence[SamplingRow]) -> list[Sampled
         for i, token in zip(wanted, _with_logprobs(logits_SV[wanted], tokens_S[wanted], counts), strict=True):
             sampled[i] = token
     return sampled
-
-
-def _check_finite(logits_SV: torch.Tensor) -> None:
-    # A maximum carries NaN along, and is infinite after an overflow or where no token has a finite logit.
-    finite_S = logits_SV.amax(dim=-1).isfinite()
-    if not bool(finite_S.all()):
-        bad = (~finite_S).nonzero().flatten().tolist()
-        raise EngineFault(
-            f"the model's logits have no finite maximum in rows {bad} of {len(finite_S)}: the weights are damaged, or "
-            f"activations overflowed (try dtype float32 or bfloat16 in place of float16)"
-        )
 
 
 def _adjusted(logits_SV: torch.Tensor, rows: Sequence[SamplingRow]) -> torch.Tensor:

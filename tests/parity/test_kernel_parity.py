@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import numpy as np
 import pytest
 import torch
@@ -142,3 +144,13 @@ def test_a_group_gathers_little_whatever_the_batch():
     assert sum(group.num_seqs for group in groups) == 65
     assert max(len(group.block_ids) * 16 for group in groups[:-1]) <= 2048
     assert groups[-1].num_seqs == 1  # a single sequence is never split
+
+
+def test_an_overflow_does_not_outlive_its_sequence() -> None:
+    """float16 values beyond its range are cached as finite ones: a block's next owner masks them by zero weights."""
+    kv_cache = torch.zeros(2, 2, 4, 1, 8, dtype=torch.float16)
+    k_TGD = torch.full((3, 1, 8), math.inf, dtype=torch.float16)
+    k_TGD[1] = math.nan
+    kernels.reshape_and_cache(k_TGD, -k_TGD, kv_cache, torch.tensor([0, 5, 6]))
+    assert kv_cache.isfinite().all()
+    assert (kv_cache[0, 0, 0] == torch.finfo(torch.float16).max).all()

@@ -341,6 +341,28 @@ def test_a_fault_fails_every_live_submission_and_kills_the_engine(fault_in: Any)
     assert engine.step() == StepEvents()
 
 
+@pytest.mark.parametrize("max_in_flight", [1, 3])
+def test_a_sequence_that_cannot_be_sampled_ends_its_own_submission_only(max_in_flight: int):
+    def results_of(failing: set[tuple[int, int]]) -> tuple[Results, Engine]:
+        engine = create_engine(FakeExecutor(max_in_flight=max_in_flight, failing=failing))
+        engine.add(create_submission(0, [1, 2, 3], max_tokens=8))
+        engine.add(create_submission(1, [4, 5], max_tokens=8, n=2))
+        engine.add(create_submission(2, [6], max_tokens=8))
+        return run(engine), engine
+
+    whole, _ = results_of(set())
+    # Sequence 2 is submission 1's second candidate; at position 4 it has sampled two tokens.
+    results, engine = results_of({(2, 4)})
+    (failure,) = results.failures
+    assert failure.submission_id == 1
+    assert isinstance(failure.error, EngineFault)
+    assert "mean nothing" in failure.error.message
+    assert results.tokens(1, 1) == whole.tokens(1, 1)[:2]
+    for submission_id in (0, 2):
+        assert results.tokens(submission_id) == whole.tokens(submission_id)
+    assert engine.fault is None
+
+
 def test_a_step_without_the_token_it_owes_is_a_fault():
     class Forgetful(FakeExecutor):
         def collect(self):
