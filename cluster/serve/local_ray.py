@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import fcntl
 import logging
 import os
 import secrets
@@ -20,7 +21,7 @@ LOCAL_ADDRESS = "127.0.0.1"
 _MARK = "CLUSTER_SESSION"
 _PREFIX = "llm-cluster-"
 _MAX_TEMP_LENGTH = 40  # Ray puts sockets about 60 characters deep; Unix allows 107
-_EXIT_TIMEOUT_S = 10.0
+_EXIT_TIMEOUT_S = 3.0
 # What actors need, on whatever Ray they run.
 ACTOR_ENVIRONMENT = {
     # On a second event loop user code would pay a thread hop per call, and share gRPC's poller with the first.
@@ -32,7 +33,6 @@ _ENVIRONMENT = ACTOR_ENVIRONMENT | {
     "RAY_USAGE_STATS_ENABLED": "0",
     # One replica's logs go to Ray's session; our own structured ones are told apart there.
     "RAY_SERVE_LOG_TO_STDERR": "0",
-    "RAY_DISABLE_FAILURE_SIGNAL_HANDLER": "1",
 }
 
 
@@ -45,7 +45,7 @@ class LocalRay:
     def __init__(self, config: RayConfig) -> None:
         self._config = config
         self._directory: Path | None = None
-        self._mark = secrets.token_hex(8)
+        self._lock: int | None = None
         self.dashboard_url: str | None = None
         self.notes: list[str] = []
 
@@ -53,12 +53,14 @@ class LocalRay:
         """Starts Ray's processes and connects this one to them."""
         sweep_dead_sessions()
         os.environ.update(_ENVIRONMENT)
-        os.environ[_MARK] = self._mark
+        while self._lock is None:  # a sweep may have come between the two lines
+            self._directory = Path(tempfile.mkdtemp(prefix=_PREFIX, dir=_parent_directory()))
+            self._lock = _lock(self._directory)
+        os.environ[_MARK] = self._directory.name
         _ensure_token()
         import ray
 
         quieten()
-        self._directory = _make_directory()
         port = self._dashboard_port() if self._config.dashboard else None
         on_sigterm = signal.getsignal(signal.SIGTERM)
         context = ray.init(
@@ -71,7 +73,6 @@ class LocalRay:
             dashboard_port=port,
             log_to_driver=False,
             configure_logging=False,
-            _node_ip_address=LOCAL_ADDRESS,
             _temp_dir=str(self._directory),
         )
         signal.signal(signal.SIGTERM, on_sigterm)  # ray.init takes it
@@ -83,10 +84,13 @@ class LocalRay:
         import ray
 
         ray.shutdown()
-        _end_processes(self._mark)
         os.environ.pop(_MARK, None)
         if self._directory is not None:
-            shutil.rmtree(self._directory, ignore_errors=True)
+            _remove_session(self._directory)
+            self._directory = None
+        if self._lock is not None:
+            os.close(self._lock)
+            self._lock = None
 
     def _dashboard_port(self) -> int:
         host, wanted = self._config.dashboard_host, self._config.dashboard_port
@@ -116,11 +120,17 @@ def quieten() -> None:
 
 
 def sweep_dead_sessions() -> None:
-    """Removes the directories of clusters whose process was killed before it could."""
-    for directory in Path(tempfile.gettempdir()).glob(f"{_PREFIX}*"):
-        pid = directory.name.removeprefix(_PREFIX).partition("-")[0]
-        if pid.isdigit() and not Path("/proc", pid).exists():
-            shutil.rmtree(directory, ignore_errors=True)
+    """Ends what is left of clusters whose process was killed before it could: Ray's agents outlive it by a minute."""
+    for directory in _parent_directory().glob(f"{_PREFIX}*"):
+        lock = _lock(directory)
+        if lock is not None:
+            _remove_session(directory)
+            os.close(lock)
+
+
+def _remove_session(directory: Path) -> None:
+    _end_processes(directory.name)
+    shutil.rmtree(directory, ignore_errors=True)
 
 
 def token_path() -> Path | None:
@@ -142,11 +152,23 @@ def _ensure_token() -> None:
         os.close(file)
 
 
-def _make_directory() -> Path:
+def _parent_directory() -> Path:
     parent = tempfile.gettempdir()
-    if len(parent) > _MAX_TEMP_LENGTH:
-        parent = "/tmp"
-    return Path(tempfile.mkdtemp(prefix=f"{_PREFIX}{os.getpid()}-", dir=parent))
+    return Path(parent if len(parent) <= _MAX_TEMP_LENGTH else "/tmp")
+
+
+def _lock(directory: Path) -> int | None:
+    """Takes the directory for this process; None where a living one has it. The kernel lets go when a process dies."""
+    try:
+        file = os.open(directory, os.O_RDONLY)
+    except OSError:  # gone meanwhile, or another user's
+        return None
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError:
+        os.close(file)
+        return None
+    return file
 
 
 def _processes(mark: str) -> list[int]:
@@ -162,11 +184,17 @@ def _processes(mark: str) -> list[int]:
 
 
 def _end_processes(mark: str) -> None:
+    """Asks, waits, and kills what is still there."""
     deadline = time.monotonic() + _EXIT_TIMEOUT_S
+    for pid in _processes(mark):
+        _signal(pid, signal.SIGTERM)
     while processes := _processes(mark):
         if time.monotonic() > deadline:
             for pid in processes:
-                with contextlib.suppress(ProcessLookupError):
-                    os.kill(pid, signal.SIGKILL)
-            deadline = time.monotonic() + _EXIT_TIMEOUT_S
+                _signal(pid, signal.SIGKILL)
         time.sleep(0.05)
+
+
+def _signal(pid: int, number: int) -> None:
+    with contextlib.suppress(ProcessLookupError):
+        os.kill(pid, number)

@@ -1,0 +1,75 @@
+"""How ``cluster serve`` ends, well or not: with the right exit code, a reason, and nothing left behind."""
+
+from __future__ import annotations
+
+import shutil
+import signal
+import socket
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+from conftest import ServeProcess
+
+from cluster import SamplingParams
+from cluster.client import Client
+
+pytestmark = [pytest.mark.cluster, pytest.mark.timeout(180)]
+
+Serve = Callable[..., ServeProcess]
+
+
+def test_ctrl_c_lets_running_requests_finish(serve: Serve, checkpoint: Path):
+    process = serve(checkpoint, "--no-dashboard", "--kv-cache", "4MiB").wait_ready()
+    assert process.ready["dashboard_url"] is None
+    with Client(process.address, deadline_s=60) as client:
+        stream = client.stream("abc", SamplingParams(max_tokens=300, ignore_eos=True, temperature=0.0))
+        tokens = list(next(stream).token_ids)
+        process.interrupt(signal.SIGINT)
+        for chunk in stream:
+            tokens += chunk.token_ids
+    assert len(tokens) == 300
+    assert process.wait() == 0, process.stderr
+    process.assert_no_trace()
+
+
+def test_a_checkpoint_that_is_not_there(serve: Serve, tmp_path: Path):
+    process = serve(tmp_path / "missing")
+    assert process.wait() == 1
+    assert f"there is no directory '{tmp_path}/missing'" in process.stderr
+    assert_one_paragraph(process)
+
+
+def test_a_taken_port(serve: Serve, checkpoint: Path):
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        port = listener.getsockname()[1]
+        process = serve(checkpoint, port=port)
+        assert process.wait() == 1
+    assert f"cannot listen on 127.0.0.1:{port}" in process.stderr and "--port" in process.stderr
+    assert "starting Ray" not in process.stderr
+    assert "Traceback" not in process.stderr
+
+
+def test_wrong_usage(serve: Serve, checkpoint: Path):
+    process = serve(checkpoint, "--kv-cache", "much")
+    assert process.wait() == 2
+    assert "kv_cache_bytes" in process.stderr
+    process.assert_no_trace()
+
+
+def test_weights_that_a_replica_cannot_load(serve: Serve, checkpoint: Path, tmp_path: Path):
+    broken = tmp_path / "broken"
+    shutil.copytree(checkpoint, broken)
+    for weights in broken.glob("*.safetensors"):
+        weights.write_bytes(weights.read_bytes()[:5000])
+    process = serve(broken, "--no-dashboard")
+    assert process.wait() == 1
+    assert ".safetensors" in process.stderr.splitlines()[-1]
+    assert_one_paragraph(process)
+
+
+def assert_one_paragraph(process: ServeProcess) -> None:
+    """A reason without a traceback, and no trace of the attempt."""
+    assert process.stderr.splitlines()[-1].startswith("error: ")
+    assert "Traceback" not in process.stderr
+    process.assert_no_trace()
