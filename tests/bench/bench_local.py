@@ -1,4 +1,5 @@
-"""The local cluster as a user meets it: start-up time, idle memory, time to first token at one client.
+"""The local cluster as a user meets it: start-up time, idle memory, time to first token at one client, throughput and
+the gateway's CPU time per token at 64.
 
     python tests/bench/bench_local.py [--model demo] [--requests 200]
 
@@ -9,6 +10,7 @@ Memory is the sum of PSS over every process that the cluster started, dashboard 
 from __future__ import annotations
 
 import argparse
+import asyncio
 import signal
 import socket
 import statistics
@@ -19,7 +21,7 @@ from pathlib import Path
 
 import psutil
 
-from cluster.client import Client
+from cluster.client import AsyncClient, Client
 from cluster.core.request import SamplingParams
 from cluster.errors import ClusterError
 
@@ -74,6 +76,25 @@ def time_to_first_token_ms(client: Client, count: int) -> list[float]:
     return times
 
 
+def gateway_cpu_s(pid: int) -> float:
+    (gateway,) = (
+        process for process in psutil.Process(pid).children(recursive=True) if ":Gateway" in " ".join(process.cmdline())
+    )
+    times = gateway.cpu_times()
+    return times.user + times.system
+
+
+async def stream_together(address: str, num_streams: int, max_tokens: int) -> int:
+    """Runs greedy streams at once; the number of tokens that arrived."""
+    sampling = SamplingParams(max_tokens=max_tokens, temperature=0.0, ignore_eos=True)
+
+    async def read(client: AsyncClient) -> int:
+        return sum([len(chunk.token_ids) async for chunk in client.stream(PROMPT, sampling)])
+
+    async with AsyncClient(address) as client:
+        return sum(await asyncio.gather(*(read(client) for _ in range(num_streams))))
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--model", default="demo")
@@ -92,6 +113,10 @@ def main() -> None:
             times = time_to_first_token_ms(client, args.requests)
             time.sleep(args.idle_s)
             memory = memory_by_process(server.pid)
+        cpu_s, began = gateway_cpu_s(server.pid), time.perf_counter()
+        num_tokens = asyncio.run(stream_together(f"127.0.0.1:{port}", num_streams=64, max_tokens=256))
+        together_s = time.perf_counter() - began
+        cpu_s = gateway_cpu_s(server.pid) - cpu_s
     finally:
         stop = time.monotonic()
         server.send_signal(signal.SIGINT)
@@ -102,6 +127,8 @@ def main() -> None:
             "stop_s": round(time.monotonic() - stop, 2),
             "ttft_p50_ms": round(statistics.median(times), 2),
             "ttft_p99_ms": round(statistics.quantiles(times, n=100)[98], 2),
+            "tokens_per_s_at_64": round(num_tokens / together_s, 1),
+            "gateway_cpu_us_per_token_at_64": round(1e6 * cpu_s / num_tokens, 1),
             "idle_pss_mib": round(sum(memory.values()), 1),
             "idle_pss_by_process_mib": memory,
         }
