@@ -23,7 +23,7 @@ from cluster.serve.config import ModelConfig
 from cluster.serve.local_ray import token_path
 
 _DEFAULT_MODEL = "demo"
-_SELF_TEST_PROMPT = "def read_lines(path):\n"
+_SELF_TEST_PROMPT = "def read_lines(path):\n    with open(path"
 _SELF_TEST_TOKENS = 48
 
 
@@ -187,7 +187,7 @@ def _token_hint() -> str:
 
 def _test_itself(cluster: Cluster, tree: ClusterConfig, as_json: bool) -> None:
     """One prompt through the front door, streamed."""
-    sampling = SamplingParams(max_tokens=_SELF_TEST_TOKENS, temperature=0.0)
+    sampling = SamplingParams(max_tokens=_SELF_TEST_TOKENS, temperature=0.6, seed=2, stop=("\n\n",))
     with Client(cluster.address) as client:
         stream = client.stream(_SELF_TEST_PROMPT, sampling, model=tree.models[0].name)
         if as_json:

@@ -90,17 +90,16 @@ def test_greedy_completion_is_transformers_own(name):
 
 
 def test_completions_look_like_python():
-    """Function bodies that it writes compile, mostly."""
-    prompts = [f"def {name}(self, value):\n    " for name in ("add", "get", "close", "__init__", "find", "write")]
-    with LLM("demo", device="cpu", dtype="float32", max_num_seqs=8, kv_cache_bytes=2**25) as llm:
-        results = llm.generate(
-            prompts, SamplingParams(max_tokens=96, temperature=0.0, stop=("\n\n", "\ndef", "\nclass"))
-        )
+    """Most of what it makes of a begun function compiles."""
+    prompt = "def read_lines(path):\n    with open(path"
+    sampling = SamplingParams(max_tokens=64, temperature=0.6, seed=0, n=16, stop=("\n\n", "\ndef", "\nclass"))
+    with LLM("demo", device="cpu", dtype="float32", max_num_seqs=16, kv_cache_bytes=2**25) as llm:
+        (result,) = llm.generate([prompt], sampling)
     compiled = 0
-    for prompt, result in zip(prompts, results, strict=True):
+    for output in result.outputs:
         try:
-            compile(prompt + result.text + "\n", "completion", "exec")
+            compile(prompt + output.text + "\n", "completion", "exec")
             compiled += 1
         except SyntaxError:
             pass
-    assert compiled >= len(prompts) // 2
+    assert compiled >= 8
