@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import logging
 import secrets
+import threading
 import time
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
@@ -20,6 +22,8 @@ if TYPE_CHECKING:
     from ray.serve import Application
 
     from cluster.serve.startup_report import StartupState
+
+logger = logging.getLogger(__name__)
 
 # Ray is imported where it is first needed: a wrong path or port is told before that second has passed.
 
@@ -100,13 +104,10 @@ class Cluster:
             hurry: asked now and then; once it says yes, what still runs is not waited for.
         """
         import ray
-        from ray import serve
 
-        if self._connected:
-            if not (self._ray and hurry()):
-                serve.delete(APP_NAME, _blocking=False)
-                self._await_deleted(hurry)
-            self._connected = False
+        if self._connected and not (self._ray and hurry()):
+            self._drain(hurry)
+        self._connected = False
         if self._ray:
             self._ray.stop()
         else:
@@ -214,15 +215,31 @@ class Cluster:
             messages = [deployment.message for deployment in application.deployments.values() if deployment.message]
             raise EngineFault("gateway or replicas did not start: " + " ".join(" ".join(messages).split())[:1000])
 
-    def _await_deleted(self, hurry: Callable[[], bool]) -> None:
-        from ray import serve
-
+    def _drain(self, hurry: Callable[[], bool]) -> None:
+        """Has Serve stop gateway and replicas, each of which drains first. Gives up with a Ray that is gone: what
+        sends SIGTERM to all of a service's processes takes it from under us.
+        """
         drains = [self._config.gateway.drain_timeout_s, *(model.drain_timeout_s for model in self._config.models)]
         deadline = time.monotonic() + max(drains) + _STOP_MARGIN_S
-        while APP_NAME in serve.status().applications and time.monotonic() < deadline:
-            if hurry():
+        # Calls into Ray have no way to be given up; a thread can be left alone with them.
+        thread = threading.Thread(target=_delete_application, name="drain", daemon=True)
+        thread.start()
+        while thread.is_alive() and time.monotonic() < deadline and not hurry():
+            if self._ray and not self._ray.alive:
                 return
+            thread.join(_POLL_S)
+
+
+def _delete_application() -> None:
+    from ray import serve
+    from ray.exceptions import RayError
+
+    try:
+        serve.delete(APP_NAME, _blocking=False)
+        while APP_NAME in serve.status().applications:
             time.sleep(_POLL_S)
+    except RayError as error:
+        logger.warning("the cluster could not be drained: %s", error)
 
 
 def _await_serving(address: str) -> None:

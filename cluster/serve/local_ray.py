@@ -12,6 +12,7 @@ import signal
 import socket
 import tempfile
 import time
+from collections.abc import Iterator
 from pathlib import Path
 
 from cluster.errors import ConfigError
@@ -63,21 +64,31 @@ class LocalRay:
         quieten()
         port = self._dashboard_port() if self._config.dashboard else None
         on_sigterm = signal.getsignal(signal.SIGTERM)
-        context = ray.init(
-            address="local",
-            num_cpus=self._config.num_cpus,
-            num_gpus=self._config.num_gpus,
-            object_store_memory=self._config.object_store_bytes,
-            include_dashboard=self._config.dashboard,
-            dashboard_host=self._config.dashboard_host,
-            dashboard_port=port,
-            log_to_driver=False,
-            configure_logging=False,
-            _temp_dir=str(self._directory),
-        )
+        # What Ray's processes leave in the directory for temporary files goes with the session.
+        with _environment(TMPDIR=str(self._directory)):
+            context = ray.init(
+                address="local",
+                num_cpus=self._config.num_cpus,
+                num_gpus=self._config.num_gpus,
+                object_store_memory=self._config.object_store_bytes,
+                include_dashboard=self._config.dashboard,
+                dashboard_host=self._config.dashboard_host,
+                dashboard_port=port,
+                log_to_driver=False,
+                configure_logging=False,
+                _temp_dir=str(self._directory),
+            )
         signal.signal(signal.SIGTERM, on_sigterm)  # ray.init takes it
         if self._config.dashboard:
             self.dashboard_url = f"http://{context.dashboard_url}"
+
+    @property
+    def alive(self) -> bool:
+        """Whether all of Ray's own processes still run."""
+        import ray
+
+        node = ray._private.worker._global_node
+        return node is not None and not node.dead_processes()
 
     def stop(self) -> None:
         """Ends every process, waits until all are gone, and removes the temporary directory. Idempotent."""
@@ -111,6 +122,21 @@ class LocalRay:
             port = int(probe.getsockname()[1])
         self.notes.append(f"port {wanted} is taken; the dashboard listens on {port}")
         return port
+
+
+@contextlib.contextmanager
+def _environment(**variables: str) -> Iterator[None]:
+    """Sets environment variables for what is started inside."""
+    before = {name: os.environ.get(name) for name in variables}
+    os.environ.update(variables)
+    try:
+        yield
+    finally:
+        for name, value in before.items():
+            if value is None:
+                del os.environ[name]
+            else:
+                os.environ[name] = value
 
 
 def quieten() -> None:

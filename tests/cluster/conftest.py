@@ -157,8 +157,8 @@ class ServeProcess:
 
 @pytest.fixture(scope="session")
 def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A small random Llama with a byte-level tokenizer."""
-    return create_checkpoint(tmp_path_factory.mktemp("checkpoint"), tokenizer=True)
+    """A small random Llama with a byte-level tokenizer and a context that takes seconds to fill."""
+    return create_checkpoint(tmp_path_factory.mktemp("checkpoint"), tokenizer=True, max_position_embeddings=16384)
 
 
 @pytest.fixture(scope="module")

@@ -22,16 +22,16 @@ from cluster.serve.local_ray import token_path
 pytestmark = [pytest.mark.cluster, pytest.mark.timeout(240)]
 
 PROMPTS = ["a", "def read_lines(path):", "x" * 200]
-KV_CACHE_BYTES = 4 * 2**20
+KV_CACHE_BYTES = 64 * 2**20
 # Too many to be over before a test has looked at them.
-LONG = SamplingParams(max_tokens=450, ignore_eos=True, seed=1)
+LONG = SamplingParams(max_tokens=15_000, ignore_eos=True, seed=1)
 
 
 @pytest.fixture(scope="module")
 def cluster(
     checkpoint: Path, serve: Callable[..., ServeProcess], tmp_path_factory: pytest.TempPathFactory
 ) -> Iterator[ServeProcess]:
-    worker = {"kv_cache_bytes": KV_CACHE_BYTES, "max_model_len": 500, "dtype": "float32", "device": "cpu"}
+    worker = {"kv_cache_bytes": KV_CACHE_BYTES, "max_model_len": 16_000, "dtype": "float32", "device": "cpu"}
     config = tmp_path_factory.mktemp("config") / "cluster.yaml"
     config.write_text(
         yaml.safe_dump(
@@ -85,7 +85,7 @@ def test_start_tells_what_is_served_and_how(cluster: ServeProcess):
 def test_models_are_listed_with_capacity(client: Client):
     for name, num_replicas in (("twin", 2), ("single", 1)):
         model = await_model(client, name, lambda model, n=num_replicas: len(ready_ids(model)) == n)
-        assert model.architecture == "LlamaForCausalLM" and model.max_model_len == 500
+        assert model.architecture == "LlamaForCausalLM" and model.max_model_len == 16_000
         assert {replica.kv_capacity_tokens for replica in model.replicas} == {
             # float32 keys and values of 2 heads of 16 in 3 layers: 768 bytes a token, whole blocks of 16
             KV_CACHE_BYTES // (768 * 16) * 16

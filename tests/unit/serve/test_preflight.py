@@ -1,0 +1,57 @@
+"""What is found wrong before anything is started."""
+
+from __future__ import annotations
+
+import socket
+from pathlib import Path
+
+import pytest
+
+from cluster.errors import CheckpointError, ConfigError
+from cluster.gateway.config import GatewayConfig
+from cluster.serve.preflight import check_checkpoint, check_port
+
+
+def create_directory(path: Path, **files: str) -> Path:
+    path.mkdir()
+    for name, text in {"config.json": "{}", "tokenizer.json": "{}", "model.safetensors": "", **files}.items():
+        (path / name).write_text(text)
+    return path
+
+
+def test_a_whole_checkpoint_passes(tmp_path: Path):
+    directory = create_directory(tmp_path / "model")
+    assert check_checkpoint(str(directory)) == directory
+
+
+@pytest.mark.parametrize("name", ["tokenizer.json", "model.safetensors"])
+def test_a_missing_file_is_named(tmp_path: Path, name: str):
+    directory = create_directory(tmp_path / "model")
+    (directory / name).unlink()
+    with pytest.raises(CheckpointError, match=name.replace("model", "")):
+        check_checkpoint(str(directory))
+
+
+@pytest.mark.parametrize("name", ["config.json", "tokenizer.json"])
+def test_a_broken_file_is_named(tmp_path: Path, name: str):
+    directory = create_directory(tmp_path / "model", **{name: "{"})
+    with pytest.raises(CheckpointError, match=f"{name} is not valid JSON"):
+        check_checkpoint(str(directory))
+
+
+def test_a_taken_port_is_named_and_a_free_one_passes():
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        port = listener.getsockname()[1]
+        with pytest.raises(ConfigError, match=f"127.0.0.1:{port}") as caught:
+            check_port(GatewayConfig(port=port))
+        assert caught.value.field == "gateway.port"
+    check_port(GatewayConfig(port=port))
+
+
+def test_an_address_of_another_machine_is_refused():
+    with pytest.raises(ConfigError, match=r"203\.0\.113\.1"):
+        check_port(GatewayConfig(host="203.0.113.1", port=50051))
+
+
+def test_port_zero_needs_no_check():
+    check_port(GatewayConfig(host="203.0.113.1", port=0))
