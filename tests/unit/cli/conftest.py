@@ -4,7 +4,15 @@ import sys
 import pytest
 from scripted_server import ScriptedServer
 
-CLUSTER = [sys.executable, "-c", "from cluster.cli.main import main; main()"]
+# A shell's background jobs, and what they start, ignore Ctrl-C. These must not, wherever the tests run.
+HEED_CTRL_C = "import signal; signal.signal(signal.SIGINT, signal.default_int_handler)"
+# Opening the terminal makes it the one whose keys Ctrl-C and Ctrl-D reach this session.
+TAKE_TERMINAL = "import os; os.isatty(0) and os.close(os.open(os.ttyname(0), os.O_RDWR))"
+CLUSTER = [
+    sys.executable,
+    "-c",
+    f"{HEED_CTRL_C}\n{TAKE_TERMINAL}\nfrom cluster.cli.main import main; main()",
+]
 
 
 @pytest.fixture
