@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import os
 import signal
+import textwrap
 from pathlib import Path
 from types import FrameType
 from typing import Annotated, Any, Literal
 
 import typer
+import yaml
 
 from cluster.cli.options import Json
 from cluster.cli.output import print_json, print_text
@@ -164,17 +166,15 @@ def _announce(cluster: Cluster, tree: ClusterConfig, as_json: bool) -> None:
     for model in tree.models:
         facts = next(facts for facts in cluster.replicas if facts["model"] == model.name)
         capacity = sum(int(f["kv_capacity_tokens"]) for f in cluster.replicas if f["model"] == model.name)
-        limits = model.engine.scheduler
         lines += [
             f"model      {model.name}: {facts['architecture']}, context {facts['max_model_len']:,} tokens",
-            f"  path     {model.path}",
             f"  runs on  {facts['device']} in {facts['dtype']}, {facts['backend']}",
             f"  KV cache {capacity:,} tokens in {model.replicas} replica{'s' if model.replicas > 1 else ''}",
-            f"  batch    {limits.max_num_seqs} sequences, {limits.max_num_batched_tokens} tokens a step, "
-            f"{limits.max_num_waiting} may wait",
         ]
     if cluster.dashboard_url:
         lines.append(f"dashboard  {cluster.dashboard_url}  {_token_hint()}")
+    settings = yaml.safe_dump(effective_config(tree), sort_keys=False, default_flow_style=None, width=100)
+    lines += ["config", textwrap.indent(settings.rstrip(), "  ")]
     print_text("\n".join(lines) + "\n")
 
 
