@@ -13,7 +13,7 @@ import grpc
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 
 from cluster.config import ClusterConfig, parse_config
-from cluster.errors import EngineFault
+from cluster.errors import ConfigError, EngineFault
 from cluster.serve.local_ray import ACTOR_ENVIRONMENT, LOCAL_ADDRESS, LocalRay, quieten
 from cluster.serve.placement import LOCAL_GATEWAY_CPUS, Resources, place_anywhere, place_locally
 from cluster.serve.preflight import check_machine
@@ -159,7 +159,13 @@ class Cluster:
     def _join(self) -> None:
         import ray
 
-        ray.init(address=self._config.ray.address, log_to_driver=False, configure_logging=False)
+        address = self._config.ray.address
+        try:
+            ray.init(address=address, log_to_driver=False, configure_logging=False)
+        except Exception as error:  # Ray has no common class for these
+            raise ConfigError(
+                f"no Ray to join at {address!r}: {' '.join(str(error).split())}", field="ray.address"
+            ) from error
 
     # -- progress -----------------------------------------------------------------------------------------------------
 

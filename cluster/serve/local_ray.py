@@ -15,7 +15,7 @@ import time
 from collections.abc import Iterator
 from pathlib import Path
 
-from cluster.errors import ConfigError
+from cluster.errors import ConfigError, EngineFault
 from cluster.serve.config import RayConfig
 
 LOCAL_ADDRESS = "127.0.0.1"
@@ -51,7 +51,12 @@ class LocalRay:
         self.notes: list[str] = []
 
     def start(self) -> None:
-        """Starts Ray's processes and connects this one to them."""
+        """Starts Ray's processes and connects this one to them.
+
+        Raises:
+            ConfigError: the dashboard's address is not this machine's.
+            EngineFault: Ray did not start; the message says why.
+        """
         sweep_dead_sessions()
         os.environ.update(_ENVIRONMENT)
         while self._lock is None:  # a sweep may have come between the two lines
@@ -64,31 +69,35 @@ class LocalRay:
         quieten()
         port = self._dashboard_port() if self._config.dashboard else None
         on_sigterm = signal.getsignal(signal.SIGTERM)
-        # What Ray's processes leave in the directory for temporary files goes with the session.
-        with _environment(TMPDIR=str(self._directory)):
-            context = ray.init(
-                address="local",
-                num_cpus=self._config.num_cpus,
-                num_gpus=self._config.num_gpus,
-                object_store_memory=self._config.object_store_bytes,
-                include_dashboard=self._config.dashboard,
-                dashboard_host=self._config.dashboard_host,
-                dashboard_port=port,
-                log_to_driver=False,
-                configure_logging=False,
-                _temp_dir=str(self._directory),
-            )
-        signal.signal(signal.SIGTERM, on_sigterm)  # ray.init takes it
+        try:
+            # What Ray's processes leave in the directory for temporary files goes with the session.
+            with _environment(TMPDIR=str(self._directory)), _interrupt_deferred():
+                context = ray.init(
+                    address="local",
+                    num_cpus=self._config.num_cpus,
+                    num_gpus=self._config.num_gpus,
+                    object_store_memory=self._config.object_store_bytes,
+                    include_dashboard=self._config.dashboard,
+                    dashboard_host=self._config.dashboard_host,
+                    dashboard_port=port,
+                    log_to_driver=False,
+                    configure_logging=False,
+                    _temp_dir=str(self._directory),
+                )
+        except Exception as error:  # Ray has no common class for these
+            raise EngineFault(f"Ray could not start: {' '.join(str(error).split())}") from error
+        finally:
+            signal.signal(signal.SIGTERM, on_sigterm)  # ray.init takes it
         if self._config.dashboard:
             self.dashboard_url = f"http://{context.dashboard_url}"
 
     @property
     def alive(self) -> bool:
-        """Whether all of Ray's own processes still run."""
+        """Whether there is still a Ray to talk to."""
         import ray
 
         node = ray._private.worker._global_node
-        return node is not None and not node.dead_processes()
+        return node is not None and not {"raylet", "gcs_server"} & {name for name, _ in node.dead_processes()}
 
     def stop(self) -> None:
         """Ends every process, waits until all are gone, and removes the temporary directory. Idempotent."""
@@ -139,10 +148,24 @@ def _environment(**variables: str) -> Iterator[None]:
                 os.environ[name] = value
 
 
+@contextlib.contextmanager
+def _interrupt_deferred() -> Iterator[None]:
+    """Ctrl-C takes effect at the end, here alone: an exception in the middle of Ray's connecting crashes the process
+    later, and what is started inside ignores the Ctrl-C that a terminal sends to all, so that it can be drained.
+    """
+    signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})  # one that comes waits, ignored or not
+    handler = signal.signal(signal.SIGINT, signal.SIG_IGN)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, handler)
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGINT})
+
+
 def quieten() -> None:
-    """Of Ray's own messages only errors reach the terminal; its log files have all. Serve resets this on import."""
+    """Ray's own messages stay in its log files; its failures are told by ours. Serve resets this on import."""
     for name in ("ray", "ray.serve"):
-        logging.getLogger(name).setLevel(logging.ERROR)
+        logging.getLogger(name).setLevel(logging.CRITICAL)
 
 
 def sweep_dead_sessions() -> None:
