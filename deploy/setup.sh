@@ -12,6 +12,9 @@ venv=${VENV:-.venv}
 pip="$venv/bin/python -m pip --disable-pip-version-check -q"
 torch=$(sed -n 's/^ *"\(torch==[^"]*\)",*$/\1/p' pyproject.toml)
 
+# Without build isolation, which would fetch them again; venv of Python 3.11 seeds a setuptools that is too old.
+$pip install "setuptools>=77" wheel
+
 if "$venv/bin/python" -c "import sys, torch; sys.exit('$torch' != 'torch==' + torch.__version__.split('+')[0])" 2>/dev/null; then
   echo "setup: $torch is in place"
 elif [ -e /proc/driver/nvidia/version ] || command -v nvidia-smi >/dev/null 2>&1; then
@@ -28,7 +31,5 @@ else
   exit 1
 fi
 echo "setup: installing the other dependencies"
-# Without build isolation, which would fetch them again; venv of Python 3.11 seeds a setuptools that is too old.
-$pip install "setuptools>=77" wheel
 $pip install --no-build-isolation -e ".[dev]"
 echo "setup: done; try $venv/bin/cluster --help"
