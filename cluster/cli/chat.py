@@ -10,7 +10,7 @@ import typer
 
 from cluster.cli.connection import connect
 from cluster.cli.options import Address, Deadline, MaxTokens, Model, Seed, Temperature, TopK, TopP, sampling_of
-from cluster.cli.output import print_text
+from cluster.cli.output import print_json, print_text
 from cluster.client import Client
 from cluster.client.channel import DEFAULT_ADDRESS, DEFAULT_DEADLINE_S
 from cluster.client.requests import GenerateOptions
@@ -29,15 +29,18 @@ def chat(
     top_k: TopK = 0,
     seed: Seed = None,
     deadline: Deadline = DEFAULT_DEADLINE_S,
+    as_json: Annotated[bool, typer.Option("--json", help="One JSON object per chunk.")] = False,
     address: Address = DEFAULT_ADDRESS,
 ) -> None:
     """Talk with a model that has a chat template. Lines piped in are answered one after the other."""
     sampling = sampling_of(max_tokens=max_tokens, temperature=temperature, top_p=top_p, top_k=top_k, seed=seed)
     with connect(address) as client:
         _check_template(client, model)
-        conversation = Conversation(client, sampling, {"model": model, "deadline_s": deadline}, system=system)
+        conversation = Conversation(
+            client, sampling, {"model": model, "deadline_s": deadline}, system=system, as_json=as_json
+        )
         if sys.stdin.isatty():
-            _talk(conversation)
+            _talk(conversation, marker="" if as_json else "> ")
         else:
             for line in sys.stdin:
                 if not _obey(conversation, line.strip()):
@@ -47,10 +50,13 @@ def chat(
 class Conversation:
     """The messages so far; an answer that came only in part stays, a turn without any answer does not."""
 
-    def __init__(self, client: Client, sampling: SamplingParams, options: GenerateOptions, *, system: str) -> None:
+    def __init__(
+        self, client: Client, sampling: SamplingParams, options: GenerateOptions, *, system: str, as_json: bool
+    ) -> None:
         self._client = client
         self._sampling = sampling
         self._options = options
+        self._as_json = as_json
         self._opening = [{"role": "system", "content": system}] if system else []
         self.messages = list(self._opening)
 
@@ -69,11 +75,12 @@ class Conversation:
             with self._client.stream_chat(turn, self._sampling, **self._options) as chunks:
                 for chunk in chunks:
                     parts.append(chunk.text)
-                    print_text(chunk.text)
+                    print_json(chunk) if self._as_json else print_text(chunk.text)
         finally:
             if parts:
                 self.messages = [*turn, {"role": "assistant", "content": "".join(parts)}]
-                print_text("\n")
+                if not self._as_json:
+                    print_text("\n")
 
 
 def _check_template(client: Client, model: str) -> None:
@@ -97,16 +104,17 @@ def _obey(conversation: Conversation, line: str) -> bool:
     return True
 
 
-def _talk(conversation: Conversation) -> None:
+def _talk(conversation: Conversation, *, marker: str) -> None:
+    """Reads lines from a terminal. ``input`` writes the marker to standard output: among JSON there is to be none."""
     with contextlib.suppress(ImportError):
         import readline  # noqa: F401  (gives input() its line editing and history)
     typer.echo(HELP, err=True)
     going_on = True
     while going_on:
         try:
-            line = input("> ").strip()
+            line = input(marker).strip()
         except EOFError:
-            print_text("\n")
+            typer.echo(err=True)
             return
         except KeyboardInterrupt:
             typer.echo(f"\n{HELP}", err=True)

@@ -1,8 +1,10 @@
 """Chat through a pipe and through a terminal."""
 
+import json
 import os
 import pty
 import select
+import subprocess
 
 import pytest
 from scripted_server import chunks_of, hanging
@@ -59,12 +61,27 @@ def test_a_piped_turn_that_fails_is_1(cli, server):
     assert (done.returncode, done.stdout, done.stderr) == (1, "ok\n", "error: full\n")
 
 
+def test_json_is_one_object_per_chunk(cli, server):
+    server.script("GenerateStream", chunks_of("hel", "lo"), chunks_of("bye"))
+    done = cli("chat", "--json", stdin="hi\nand now?\n")
+    chunks = [json.loads(line) for line in done.stdout.splitlines()]
+    assert (done.returncode, done.stderr) == (0, "")
+    assert [(chunk["text"], chunk["finish_reason"]) for chunk in chunks] == [
+        ("hel", None),
+        ("lo", "stop"),
+        ("bye", "stop"),
+    ]
+    assert turns(server)[1] == [("u", "hi"), ("a", "hello"), ("u", "and now?")]
+
+
 class Terminal:
     """A pseudo-terminal with ``cluster chat`` on it."""
 
-    def __init__(self, spawn):
+    def __init__(self, spawn, *options, stdout=None):
         self._master, slave = pty.openpty()
-        self.process = spawn("chat", stdin=slave, stdout=slave, stderr=slave, start_new_session=True)
+        self.process = spawn(
+            "chat", *options, stdin=slave, stdout=stdout or slave, stderr=slave, start_new_session=True
+        )
         os.close(slave)
         self._seen = b""
 
@@ -132,6 +149,23 @@ def test_a_failed_turn_does_not_end_the_conversation(terminal, server):
     terminal.type(b"/exit\n")
     assert terminal.process.wait(timeout=60) == 0
     assert turns(server) == [[("u", "one")], [("u", "two")]]
+
+
+def test_json_from_a_terminal_is_nothing_but_json(spawn, server):
+    server.script("GenerateStream", hanging(*chunks_of("par", "tial")[:1]), chunks_of("fine"))
+    terminal = Terminal(spawn, "--json", stdout=subprocess.PIPE)
+    try:
+        terminal.read_until(b"Ctrl-D leaves")
+        terminal.type(b"one\n")
+        assert json.loads(terminal.process.stdout.readline())["text"] == "par"
+        terminal.press_until(CTRL_C, b"(stopped)")
+        terminal.type(b"two\n")
+        assert json.loads(terminal.process.stdout.readline())["text"] == "fine"
+        terminal.type(CTRL_D)
+        assert terminal.process.wait(timeout=60) == 0
+        assert terminal.process.stdout.read() == b""
+    finally:
+        terminal.hang_up()
 
 
 def test_the_process_is_gone_with_its_terminal(terminal):
