@@ -35,18 +35,28 @@ def resolve_checkpoint(path: str, *, weights: bool = True) -> Path:
         raise CheckpointError(f"{local} is a file; give the directory that holds config.json and *.safetensors")
     if path.startswith((".", "/", "~")) or path.count("/") != 1:
         raise CheckpointError(
-            f"there is no directory {path!r}; give a directory with config.json and *.safetensors, a Hub id such as "
-            f"'organisation/model', or one of {', '.join(sorted(EMBEDDED))}"
+            f"there is no directory {path!r}; give a directory with config.json and *.safetensors, a Hub id (of the "
+            f"form organisation/model), or one of {', '.join(sorted(EMBEDDED))}"
         )
     return _download(path, _WEIGHTS if weights else _TEXT_ONLY)
 
 
 def _download(repo_id: str, patterns: tuple[str, ...]) -> Path:
     from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError, RepositoryNotFoundError
+    from huggingface_hub.errors import (
+        HfHubHTTPError,
+        HFValidationError,
+        LocalEntryNotFoundError,
+        RepositoryNotFoundError,
+    )
 
     try:
         return Path(snapshot_download(repo_id, allow_patterns=list(patterns)))
+    except HFValidationError as error:
+        raise CheckpointError(
+            f"{repo_id!r} is neither a directory nor a Hub id: give a directory with config.json and *.safetensors, or "
+            f"an id of the form organisation/model, in letters, digits, '-', '_' and '.'"
+        ) from error
     except RepositoryNotFoundError as error:
         raise CheckpointError(
             f"the Hub has no model {repo_id!r}, or it is private: check the name, or set HF_TOKEN"

@@ -29,6 +29,17 @@ def test_nothing_there(path):
         resolve_checkpoint(path)
 
 
+def test_a_hub_id_has_an_organisation():
+    with pytest.raises(CheckpointError, match="form organisation/model"):
+        resolve_checkpoint("gpt2")
+
+
+@pytest.mark.parametrize("path", ["my models/llama", "models/-llama", "models/" + "x" * 100])
+def test_what_cannot_be_a_hub_id(path):
+    with pytest.raises(CheckpointError, match="neither a directory nor a Hub id: give a directory"):
+        resolve_checkpoint(path)
+
+
 def test_the_hub_out_of_reach(monkeypatch, tmp_path):
     """Offline, a Hub id ends in one sentence that names the cache and the files."""
     from huggingface_hub import constants
