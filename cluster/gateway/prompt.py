@@ -42,13 +42,13 @@ async def tokenize(
     return token_ids
 
 
-def check_tokens(token_ids: Sequence[int], *, max_model_len: int, vocab_size: int) -> None:
-    """Raises InvalidRequest where the model cannot take these ids."""
+def check_tokens(token_ids: Sequence[int], *, field: str, max_model_len: int, vocab_size: int) -> None:
+    """Raises InvalidRequest where the model cannot take these ids; ``field`` is where in the request they came from."""
     if len(token_ids) >= max_model_len:
         raise InvalidRequest(
             f"the input has {len(token_ids)} tokens; the model's context holds {max_model_len}, and at least one must "
             f"be left for the completion",
-            field="input",
+            field=field,
         )
     if max(token_ids) >= vocab_size:
         index = next(index for index, token_id in enumerate(token_ids) if token_id >= vocab_size)

@@ -136,7 +136,12 @@ class InferenceServicer(inference_pb2_grpc.InferenceServiceServicer):
         sampling = sampling_from_proto(request.sampling)
         token_ids = await tokenize(request, entry.tokenizer, max_prompt_bytes=self._config.max_prompt_bytes)
         hello = entry.balancer.hello()
-        check_tokens(token_ids, max_model_len=hello.max_model_len, vocab_size=hello.vocab_size)
+        check_tokens(
+            token_ids,
+            field=request.WhichOneof("input"),
+            max_model_len=hello.max_model_len,
+            vocab_size=hello.vocab_size,
+        )
         sampling.check_vocabulary(hello.vocab_size)
         sampling = complete_sampling(sampling, max_completion_tokens=hello.max_model_len - len(token_ids))
         generation.start(
