@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import enum
-import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
@@ -15,6 +14,7 @@ MAX_STOP_STRINGS = 16
 MAX_STOP_LENGTH = 256
 MAX_STOP_TOKEN_IDS = 128
 MAX_LOGIT_BIAS = 1024
+_MAX_TOKEN_ID = 2**32 - 1  # what the wire carries; the model's vocabulary is checked where it is known
 
 
 class Priority(enum.IntEnum):
@@ -82,19 +82,19 @@ class SamplingParams:
     def _validate(self) -> None:
         _check_range("temperature", self.temperature, 0.0, 100.0)
         _check_range("top_p", self.top_p, 0.0, 1.0, open_low=True)
-        _check_range("top_k", self.top_k, 0, 2**31 - 1)
+        _check_integer("top_k", self.top_k, 0, 2**31 - 1)
         _check_range("min_p", self.min_p, 0.0, 1.0)
         if self.max_tokens is not None:
-            _check_range("max_tokens", self.max_tokens, 1, 2**31 - 1)
-        _check_range("min_tokens", self.min_tokens, 0, self.max_tokens if self.max_tokens is not None else 2**31 - 1)
+            _check_integer("max_tokens", self.max_tokens, 1, 2**31 - 1)
+        _check_integer("min_tokens", self.min_tokens, 0, self.max_tokens if self.max_tokens is not None else 2**31 - 1)
         if self.seed is not None:
-            _check_range("seed", self.seed, 0, 2**64 - 1)
+            _check_integer("seed", self.seed, 0, 2**64 - 1)
         _check_range("presence_penalty", self.presence_penalty, -2.0, 2.0)
         _check_range("frequency_penalty", self.frequency_penalty, -2.0, 2.0)
         _check_range("repetition_penalty", self.repetition_penalty, 0.0, 10.0, open_low=True)
         if self.logprobs is not None:
-            _check_range("logprobs", self.logprobs, 0, MAX_LOGPROBS)
-        _check_range("n", self.n, 1, MAX_CANDIDATES)
+            _check_integer("logprobs", self.logprobs, 0, MAX_LOGPROBS)
+        _check_integer("n", self.n, 1, MAX_CANDIDATES)
         _check_count("stop", len(self.stop), MAX_STOP_STRINGS)
         for text in self.stop:
             if not isinstance(text, str) or not 0 < len(text) <= MAX_STOP_LENGTH:
@@ -102,8 +102,11 @@ class SamplingParams:
                     f"each stop string must have 1 to {MAX_STOP_LENGTH} characters", field="sampling.stop"
                 )
         _check_count("stop_token_ids", len(self.stop_token_ids), MAX_STOP_TOKEN_IDS)
+        for token_id in self.stop_token_ids:
+            _check_integer("stop_token_ids", token_id, 0, _MAX_TOKEN_ID)
         _check_count("logit_bias", len(self.logit_bias), MAX_LOGIT_BIAS)
-        for bias in self.logit_bias.values():
+        for token_id, bias in self.logit_bias.items():
+            _check_integer("logit_bias", token_id, 0, _MAX_TOKEN_ID)
             _check_range("logit_bias", bias, -100.0, 100.0)
 
     def check_vocabulary(self, vocab_size: int) -> None:
@@ -117,8 +120,14 @@ class SamplingParams:
                     )
 
 
+def _check_integer(name: str, value: int, low: int, high: int) -> None:
+    if isinstance(value, bool) or not isinstance(value, int):
+        raise InvalidRequest(f"{name} must be a whole number, not {value!r}", field=f"sampling.{name}")
+    _check_range(name, value, low, high)
+
+
 def _check_range(name: str, value: float, low: float, high: float, *, open_low: bool = False) -> None:
-    if isinstance(value, bool) or not isinstance(value, int | float) or math.isnan(value):
+    if isinstance(value, bool) or not isinstance(value, int | float) or value != value:  # NaN differs from itself
         raise InvalidRequest(f"{name} must be a number, not {value!r}", field=f"sampling.{name}")
     if not low <= value <= high or (open_low and value == low):
         raise InvalidRequest(
