@@ -18,7 +18,8 @@ class WorkerConfig:
         block_size: tokens per KV block.
         kv_cache_bytes: memory for the KV pool; unset: on CPU a quarter of the free memory, at most 1 GiB; on CUDA what
             gpu_memory_utilization leaves.
-        gpu_memory_utilization: share of the device's memory that weights, activations and KV pool may take together.
+        gpu_memory_utilization: share of the device's memory that this replica's weights, activations and KV pool may
+            take together; what others hold on the device does not count.
         max_model_len: context limit in tokens; unset takes the checkpoint's.
         num_threads: CPU threads of the forward pass; unset: all cores.
         model_impl: auto takes our own model code and falls back to transformers' for other architectures.

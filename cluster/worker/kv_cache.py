@@ -49,6 +49,22 @@ class KVCacheShape:
         ]
 
 
+def kv_budget(*, free: int, total: int, held: int, activations: int, utilization: float) -> int:
+    """Bytes for the KV pool on a device that others may use too; negative where the weights alone exceed the share.
+
+    ``utilization`` is this process's share of the whole device: memory that others hold counts only in so far as it
+    is not free.
+
+    Args:
+        free: bytes that nobody holds.
+        total: bytes of the device.
+        held: bytes that this process holds, the weights among them.
+        activations: bytes that the largest step needs on top.
+        utilization: in (0, 1].
+    """
+    return min(free, int(utilization * total) - held) - activations
+
+
 def count_blocks(shape: KVCacheShape, config: WorkerConfig, *, device: torch.device, free_bytes: int) -> int:
     """Blocks of the pool: ``kv_cache_bytes`` where it is set; else on CPU a quarter of the free memory, at most 1 GiB,
     and on CUDA all that is free.

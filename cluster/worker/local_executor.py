@@ -17,7 +17,7 @@ from cluster.models.registry import Model, load_model
 from cluster.models.weights import num_weights
 from cluster.worker.config import WorkerConfig
 from cluster.worker.input_batch import InputBatch
-from cluster.worker.kv_cache import KVCacheShape, check_weights_fit, count_blocks, free_memory
+from cluster.worker.kv_cache import KVCacheShape, check_weights_fit, count_blocks, free_memory, kv_budget
 from cluster.worker.model_runner import ModelRunner
 from cluster.worker.rehearsal import rehearse
 
@@ -181,7 +181,7 @@ def _max_model_len(config: WorkerConfig, model: Model, file: ConfigFile) -> int:
 def _free_beside_activations(
     model: Model, shape: KVCacheShape, device: torch.device, utilization: float, largest: dict[str, int]
 ) -> int:
-    """Bytes of the device that ``utilization`` leaves beside the weights and the largest step's activations."""
+    """Bytes that are left for the KV pool beside the weights and the activations of the largest step, measured."""
     torch.cuda.empty_cache()
     torch.cuda.reset_peak_memory_stats(device)
     before = torch.cuda.memory_allocated(device)
@@ -189,4 +189,10 @@ def _free_beside_activations(
     activations = torch.cuda.max_memory_allocated(device) - before
     torch.cuda.empty_cache()
     free, total = torch.cuda.mem_get_info(device)
-    return int(free - activations - (1 - utilization) * total)
+    return kv_budget(
+        free=free,
+        total=total,
+        held=torch.cuda.memory_reserved(device),
+        activations=activations,
+        utilization=utilization,
+    )

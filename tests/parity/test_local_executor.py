@@ -17,7 +17,7 @@ from cluster.core.request import SamplingParams
 from cluster.core.step import NewSequence, ScheduledSequence, StepInput
 from cluster.errors import CheckpointError, ConfigError, EngineFault
 from cluster.worker.config import WorkerConfig
-from cluster.worker.kv_cache import KVCacheShape, check_weights_fit, count_blocks
+from cluster.worker.kv_cache import KVCacheShape, check_weights_fit, count_blocks, kv_budget
 from cluster.worker.local_executor import LocalExecutor
 
 CPU = torch.device("cpu")
@@ -136,6 +136,19 @@ class TestMemory:
     def test_on_cuda_all_that_utilization_leaves(self):
         free_bytes = 5 * SHAPE.block_bytes + 1
         assert count_blocks(SHAPE, WorkerConfig(), device=torch.device("cuda"), free_bytes=free_bytes) == 5
+
+    @pytest.mark.parametrize(
+        ("free", "held", "utilization", "expected"),
+        [
+            (95, 4, 0.9, 83),  # alone: the share less what is held and what a step needs
+            (75, 4, 0.2, 13),  # a neighbour of the same share takes nothing from this one
+            (10, 4, 0.9, 7),  # but what the neighbour holds cannot be had
+            (95, 30, 0.2, -13),  # the weights alone exceed the share
+            (90, 10, 1.0, 87),
+        ],
+    )
+    def test_the_share_of_a_device_is_this_process_own(self, free: int, held: int, utilization: float, expected: int):
+        assert kv_budget(free=free, total=100, held=held, activations=3, utilization=utilization) == expected
 
     def test_not_one_block(self, checkpoint: Path):
         with pytest.raises(ConfigError, match=r"0\.012 MiB.*0\.001 MiB.*raise worker\.kv_cache_bytes") as caught:
