@@ -1,4 +1,4 @@
-"""A checkpoint's ``config.json`` and ``generation_config.json``, read and checked."""
+"""A checkpoint's ``config.json``, read and checked."""
 
 from __future__ import annotations
 
@@ -234,18 +234,3 @@ def read_rope(file: ConfigFile) -> RopeParameters:
         mscale_all_dim=rope.optional_number("mscale_all_dim"),
         truncate=rope.boolean("truncate", True),
     )
-
-
-def read_eos_token_ids(checkpoint: Path, file: ConfigFile) -> tuple[int, ...]:
-    """End-of-text ids of ``generation_config.json``, or of ``config.json`` where that one names none."""
-    generation = checkpoint / "generation_config.json"
-    files = [ConfigFile.read(generation), file] if generation.is_file() else [file]
-    for source in files:
-        if not source.has("eos_token_id"):
-            continue
-        value = source.values["eos_token_id"]
-        ids = value if isinstance(value, list) else [value]
-        if any(isinstance(i, bool) or not isinstance(i, int) or i < 0 for i in ids):
-            raise source.error("eos_token_id", f"is {value!r}; it must be a token id or a list of them")
-        return tuple(ids)
-    return ()

@@ -25,7 +25,6 @@ class Tokenizer:
         backend: the ``tokenizers`` object.
         special_token_ids: ids that have no text.
         vocab_size: the model's: ids below it are valid, whether or not they have a text.
-        eos_token_ids: ids that end a text.
     """
 
     def __init__(
@@ -33,7 +32,6 @@ class Tokenizer:
         backend: tokenizers.Tokenizer,
         *,
         vocab_size: int,
-        eos_token_ids: tuple[int, ...],
         chat_template: ChatTemplate | None,
     ) -> None:
         self.backend = backend
@@ -41,12 +39,11 @@ class Tokenizer:
             token_id for token_id, token in backend.get_added_tokens_decoder().items() if token.special
         )
         self.vocab_size = vocab_size
-        self.eos_token_ids = eos_token_ids
         self._chat_template = chat_template
 
     @classmethod
     def from_checkpoint(cls, directory: Path) -> Tokenizer:
-        """Reads ``tokenizer.json``, and from the other JSON files what ends a text and the chat template.
+        """Reads ``tokenizer.json``, and from the other files special tokens, vocabulary size and chat template.
 
         Which special tokens begin or end an encoded text is tokenizer.json's to say, as in transformers 5.
 
@@ -67,7 +64,6 @@ class Tokenizer:
         return cls(
             backend,
             vocab_size=vocab_size,
-            eos_token_ids=_eos_token_ids(backend, settings, config, directory),
             chat_template=ChatTemplate.from_checkpoint(directory, settings),
         )
 
@@ -81,9 +77,7 @@ class Tokenizer:
         Raises:
             InvalidRequest: the text is empty, or has a NUL or a lone surrogate.
         """
-        _check_text(text)
-        ids: list[int] = self.backend.encode(text, add_special_tokens=add_special_tokens).ids
-        return ids
+        return self._encode(text, add_special_tokens=add_special_tokens, field="prompt")
 
     async def encode_async(self, text: str) -> list[int]:
         """As ``encode``; a long text is tokenized in a thread, which does not hold the interpreter's lock."""
@@ -95,16 +89,22 @@ class Tokenizer:
         """The ids of a chat up to where the assistant's next message begins.
 
         Raises:
-            InvalidRequest: the model has no chat template, or its template refuses these messages.
+            InvalidRequest: the model has no chat template, its template refuses these messages, or what comes of them
+                cannot be encoded.
         """
         if self._chat_template is None:
             raise InvalidRequest("this model has no chat template; send a prompt", field="chat")
-        return self.encode(self._chat_template.render(messages), add_special_tokens=False)
+        return self._encode(self._chat_template.render(messages), add_special_tokens=False, field="chat")
 
     async def encode_chat_async(self, messages: list[dict[str, str]]) -> list[int]:
         if _is_short("".join(message["content"] for message in messages)):
             return self.encode_chat(messages)
         return await asyncio.to_thread(self.encode_chat, messages)
+
+    def _encode(self, text: str, *, add_special_tokens: bool, field: str) -> list[int]:
+        _check_text(text, field)
+        ids: list[int] = self.backend.encode(text, add_special_tokens=add_special_tokens).ids
+        return ids
 
     def decode(self, token_ids: list[int], *, skip_special_tokens: bool = True) -> str:
         text: str = self.backend.decode(token_ids, skip_special_tokens=skip_special_tokens)
@@ -115,15 +115,15 @@ def _is_short(text: str) -> bool:
     return len(text) <= (_MAX_INLINE_CHARS if text.isascii() else _MAX_INLINE_CHARS_NOT_ASCII)
 
 
-def _check_text(text: str) -> None:
+def _check_text(text: str, field: str) -> None:
     if not text:
-        raise InvalidRequest("the text is empty", field="prompt")
+        raise InvalidRequest("the text is empty", field=field)
     if "\0" in text:
-        raise InvalidRequest("the text holds a NUL character", field="prompt")
+        raise InvalidRequest("the text holds a NUL character", field=field)
     try:
         text.encode()
     except UnicodeEncodeError as error:
-        raise InvalidRequest(f"the text is not valid Unicode at character {error.start}", field="prompt") from None
+        raise InvalidRequest(f"the text is not valid Unicode at character {error.start}", field=field) from None
 
 
 def _load_backend(file: Path) -> tokenizers.Tokenizer:
@@ -178,18 +178,3 @@ def _token_text(value: object) -> str | None:
     if isinstance(value, dict):
         value = value.get("content")
     return value if isinstance(value, str) else None
-
-
-def _eos_token_ids(
-    backend: tokenizers.Tokenizer, settings: dict[str, Any], config: dict[str, Any], directory: Path
-) -> tuple[int, ...]:
-    generation = _read_json(directory / "generation_config.json", required=False)
-    for source in (generation, config.get("text_config") or {}, config):
-        eos = source.get("eos_token_id")
-        if isinstance(eos, int):
-            return (eos,)
-        if isinstance(eos, list) and eos and all(isinstance(token_id, int) for token_id in eos):
-            return tuple(eos)
-    text = _token_text(settings.get("eos_token"))
-    token_id = None if text is None else backend.token_to_id(text)
-    return () if token_id is None else (token_id,)

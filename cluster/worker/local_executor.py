@@ -12,7 +12,8 @@ from cluster import kernels
 from cluster.core.model_info import ModelInfo
 from cluster.core.step import StepInput, StepOutput
 from cluster.errors import ClusterError, ConfigError, EngineFault
-from cluster.models.config import ConfigFile, read_architecture, read_dtype, read_eos_token_ids
+from cluster.models.config import ConfigFile, read_architecture, read_dtype
+from cluster.models.end_of_text import read_eos_token_ids
 from cluster.models.registry import Model, load_model
 from cluster.models.weights import num_weights
 from cluster.worker.config import WorkerConfig

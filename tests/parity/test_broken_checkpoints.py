@@ -9,11 +9,11 @@ from typing import Any
 
 import pytest
 import torch
-from checkpoints import EOS, create_checkpoint
+from checkpoints import create_checkpoint
 from safetensors.torch import load_file, save_file
 
 from cluster.errors import CheckpointError, Unsupported
-from cluster.models.config import ConfigFile, read_eos_token_ids
+from cluster.models.config import ConfigFile
 from cluster.models.registry import load_model
 from cluster.models.weights import num_weights
 
@@ -221,28 +221,3 @@ class TestConfig:
         rope = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 512}
         edit_json(checkpoint / "config.json", lambda c: c.update(rope_parameters=rope))
         assert load(checkpoint).max_position_embeddings == 2048
-
-
-class TestEndOfText:
-    @pytest.mark.parametrize(
-        ("generation", "config", "expected"),
-        [
-            (None, EOS, (EOS,)),
-            (None, [3, 5], (3, 5)),
-            (None, None, ()),
-            ({"eos_token_id": [7, 8]}, EOS, (7, 8)),
-            ({"eos_token_id": 0}, EOS, (0,)),
-            ({}, EOS, (EOS,)),
-        ],
-    )
-    def test_generation_config_goes_first(self, tmp_path: Path, generation: Any, config: Any, expected: Any):
-        (tmp_path / "config.json").write_text(json.dumps({"eos_token_id": config}))
-        if generation is not None:
-            (tmp_path / "generation_config.json").write_text(json.dumps(generation))
-        assert read_eos_token_ids(tmp_path, ConfigFile.read(tmp_path / "config.json")) == expected
-
-    @pytest.mark.parametrize("value", ["</s>", -1, [1, "2"], True])
-    def test_nonsense(self, tmp_path: Path, value: Any):
-        (tmp_path / "config.json").write_text(json.dumps({"eos_token_id": value}))
-        with pytest.raises(CheckpointError, match="eos_token_id"):
-            read_eos_token_ids(tmp_path, ConfigFile.read(tmp_path / "config.json"))

@@ -101,7 +101,7 @@ def test_a_wrong_byte_does_not_take_the_run_along(byte_fallback_tokenizer):
 def test_other_decoders_equal_decode(decoder, data):
     backend = sentencepiece_like()
     backend.decoder = decoder
-    tokenizer = Tokenizer(backend, vocab_size=backend.get_vocab_size(), eos_token_ids=(), chat_template=None)
+    tokenizer = Tokenizer(backend, vocab_size=backend.get_vocab_size(), chat_template=None)
     ids = data.draw(st.lists(st.integers(0, tokenizer.vocab_size), max_size=20))
     assert stream(tokenizer, ids)[0] == tokenizer.decode(ids)
 

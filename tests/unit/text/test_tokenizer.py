@@ -77,20 +77,6 @@ def test_a_prompt_is_neither_cut_nor_padded(tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("generation", "config", "settings", "expected"),
-    [
-        ({"eos_token_id": [3, 4]}, {"eos_token_id": 5}, BOUNDARIES, (3, 4)),
-        (None, {"eos_token_id": 5}, BOUNDARIES, (5,)),
-        ({}, {"eos_token_id": None}, BOUNDARIES, (0,)),
-        (None, {}, {}, ()),
-    ],
-)
-def test_end_of_text_ids(tmp_path, generation, config, settings, expected):
-    write_checkpoint(tmp_path, byte_level(), settings=settings, config=config, generation=generation)
-    assert Tokenizer.from_checkpoint(tmp_path).eos_token_ids == expected
-
-
-@pytest.mark.parametrize(
     ("name", "content", "message"),
     [
         ("tokenizer.json", None, "is missing"),
@@ -194,3 +180,16 @@ def test_a_template_that_refuses_or_misbehaves(tmp_path, template):
     with pytest.raises(InvalidRequest) as caught:
         Tokenizer.from_checkpoint(tmp_path).encode_chat(MESSAGES)
     assert caught.value.field == "chat"
+
+
+@pytest.mark.parametrize("content", ["", "a\0b", "a\ud800"])
+async def test_a_text_that_cannot_be_encoded_is_named_as_it_came(tmp_path, content):
+    write_checkpoint(tmp_path, byte_level(), settings={"chat_template": "{{ messages[0].content }}"})
+    tokenizer = Tokenizer.from_checkpoint(tmp_path)
+    messages = [{"role": "user", "content": content}]
+    for encode, field in (
+        (tokenizer.encode_async(content), "prompt"), (tokenizer.encode_chat_async(messages), "chat")
+    ):  # fmt: skip
+        with pytest.raises(InvalidRequest) as caught:
+            await encode
+        assert caught.value.field == field
