@@ -95,7 +95,7 @@ class ReplicaStatus:
 
     Attributes:
         state: ``"connecting"``, ``"ready"`` or ``"draining"``; ``"unspecified"`` from a newer server.
-        running, waiting: requests in the running batch, and queued in the replica.
+        running, waiting: sequences in the running batch, and queued in the replica; each candidate is one.
         outstanding_tokens: prompt and completion tokens still to do.
         kv_usage: share of the KV blocks in use, in [0, 1].
     """
