@@ -71,6 +71,12 @@ class QuotaExceeded(ClusterError):
     retryable = True
 
 
+class SlowReader(ClusterError):
+    """The caller left too much of its stream unread. The work was done, so the same call would do it again."""
+
+    reason = "SLOW_READER"
+
+
 class Overloaded(ClusterError):
     """Refused by admission: there is more work than the queue bound allows."""
 

@@ -38,4 +38,5 @@ class GatewayConfig:
         require(bool(self.host), "host", "must name an address, such as 127.0.0.1")
         for name in ("default_deadline_s", "max_prompt_bytes", "max_message_bytes", "max_concurrent_streams"):
             require(getattr(self, name) > 0, name, "must be positive")
+        require(self.max_unread_tokens > 0, "max_unread_tokens", "must be positive")
         require(self.drain_timeout_s >= 0, "drain_timeout_s", "must not be negative")

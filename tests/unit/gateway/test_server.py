@@ -182,3 +182,13 @@ async def test_a_replica_that_is_another(
 def test_the_gateway_loads_neither_torch_nor_ray() -> None:
     code = "import cluster.gateway.server, sys; print(*({'torch', 'ray', 'transformers', 'numpy'} & set(sys.modules)))"
     assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.strip() == ""
+
+
+@pytest.mark.parametrize(
+    "name",
+    ["default_deadline_s", "max_prompt_bytes", "max_message_bytes", "max_concurrent_streams", "max_unread_tokens"],
+)
+def test_limits_are_positive(name: str) -> None:
+    with pytest.raises(ConfigError, match="positive") as caught:
+        GatewayConfig(**{name: 0})
+    assert caught.value.field == name
