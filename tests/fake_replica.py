@@ -139,6 +139,13 @@ class FakeReplica(replica_pb2_grpc.ReplicaServiceServicer):
             self._news.load.CopyFrom(self._load())
             self._changed.notify_all()
 
+    async def fail(self, submission_id: int, message: str) -> None:
+        """Ends a running submission as an engine's fault does."""
+        async with self._changed:
+            self.running = {key: sequence for key, sequence in self.running.items() if key[0] != submission_id}
+            self._news.failures.add(id=submission_id, reason="ENGINE_FAULT", message=message)
+            self._changed.notify_all()
+
     async def until(self, condition: Callable[[], bool]) -> None:
         """Waits until ``condition`` holds; it is looked at whenever something came in or ended."""
         async with self._changed:

@@ -6,7 +6,7 @@ import asyncio
 import time
 from collections.abc import Callable
 
-from cluster.errors import ClusterError, DeadlineExceeded, ModelWarming, QuotaExceeded, ReplicaLost
+from cluster.errors import ClusterError, DeadlineExceeded, EngineFault, ModelWarming, ReplicaLost, SlowReader
 from cluster.gateway.balancer import Balancer
 from cluster.gateway.candidate import Candidate
 from cluster.gateway.replica_link import ReplicaLink, Submission
@@ -20,8 +20,9 @@ _WORTH_ANOTHER_REPLICA = frozenset({"DRAINING", "OVERLOADED"})
 class Generation:
     """What runs for one call. Replica links push into it, one reader waits on it; all on the event loop.
 
-    It is the sink of its submission. A replica that is lost before anything was generated is replaced; later than that
-    the generation fails.
+    It is the sink of its submission. A replica that is lost, or whose engine fails, before anything was generated is
+    replaced, once: a request that kills replicas must not go round them all. Later than that the generation fails: with
+    ReplicaLost where the stream broke, and with the engine's own EngineFault where a replica could still say why.
 
     Args:
         streams: whether the reader wants every delta, or only the end.
@@ -46,6 +47,7 @@ class Generation:
         self._submit: replica_pb2.Submit | None = None
         self._submission: Submission | None = None
         self._tried: list[ReplicaLink] = []
+        self._replaced = False
         self._num_finished = 0
         self._sequence = 0
         self._waiter: asyncio.Future[None] | None = None
@@ -97,7 +99,7 @@ class Generation:
         if self._streams:
             if candidate.unread_tokens > self._max_unread_tokens:
                 self.fail(
-                    QuotaExceeded(
+                    SlowReader(
                         f"the client left more than {self._max_unread_tokens} tokens unread: read the stream faster, "
                         f"or call Generate"
                     )
@@ -116,7 +118,12 @@ class Generation:
         candidate.last_token_s = now
 
     def on_failure(self, error: ClusterError) -> None:
-        if error.reason in _WORTH_ANOTHER_REPLICA and not self._touched:
+        if self._touched:
+            self.fail(error)
+        elif error.reason in _WORTH_ANOTHER_REPLICA:
+            self._place_again(otherwise=error)
+        elif error.reason == EngineFault.reason and not self._replaced:
+            self._replaced = True
             self._place_again(otherwise=error)
         else:
             self.fail(error)
@@ -124,7 +131,10 @@ class Generation:
     def on_replica_lost(self) -> None:
         if self._touched:
             self.fail(ReplicaLost("the replica was lost after tokens had been generated; send the request again"))
+        elif self._replaced:
+            self.fail(ReplicaLost("two replicas failed one after the other while they had this request"))
         else:
+            self._replaced = True
             self._place_again(otherwise=None)
 
     @property

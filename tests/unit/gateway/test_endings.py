@@ -128,7 +128,8 @@ async def test_a_slow_reader_is_cut_off_and_others_are_not(create_setup: CreateS
             received.extend(chunk.token_ids)
 
     end = await failure(read())
-    assert (end.code, end.reason) == (grpc.StatusCode.RESOURCE_EXHAUSTED, "QUOTA_EXCEEDED")
+    assert (end.code, end.reason) == (grpc.StatusCode.RESOURCE_EXHAUSTED, "SLOW_READER")
+    assert end.retry_after_s is None  # the work was done: to do it again helps nobody
     assert received == letters(setup.replica.submits[0], 0)[: len(received)]
     await channel.close()
 
@@ -159,6 +160,64 @@ async def test_a_replica_lost_before_the_first_token_is_replaced(create_setup: C
     whole = await call
     assert list(whole.candidates[0].token_ids) == letters(other.submits[0], 0)
     assert setup.metrics.outcomes() == ["OK"]
+
+
+async def three_replicas(create_setup: CreateSetup) -> tuple[Setup, list[FakeReplica]]:
+    replicas = [FakeReplica(replica_id=f"replica-{index}", gated=True) for index in range(3)]
+    setup = await create_setup(*replicas)
+    await setup.wait_states("test", READY, READY, READY)
+    return setup, replicas
+
+
+async def test_a_request_that_kills_replicas_does_not_go_round_them_all(create_setup: CreateSetup) -> None:
+    setup, replicas = await three_replicas(create_setup)
+    call = asyncio.ensure_future(failure(setup.stub.Generate(request())))
+    for num_submits in (1, 2):
+        async with asyncio.timeout(10):
+            while sum(len(replica.submits) for replica in replicas) < num_submits:
+                await setup.model()
+        dying = next(replica for replica in replicas if replica.running)
+        await dying.stop()
+        await dying.until(lambda dying=dying: not dying.running)
+    end = await asyncio.wait_for(call, 10)
+    assert (end.code, end.reason) == (grpc.StatusCode.ABORTED, "REPLICA_LOST")
+    assert sorted(len(replica.submits) for replica in replicas) == [0, 1, 1]
+
+
+async def test_an_engine_that_fails_before_the_first_token_is_replaced_once(create_setup: CreateSetup) -> None:
+    setup, replicas = await three_replicas(create_setup)
+    for replica in replicas:
+        replica.refusal = replica_pb2.Failure(reason="ENGINE_FAULT", message="the device is gone")
+    end = await failure(setup.stub.Generate(request()))
+    assert (end.code, end.reason, end.message) == (grpc.StatusCode.INTERNAL, "ENGINE_FAULT", "the device is gone")
+    assert sorted(len(replica.submits) for replica in replicas) == [0, 1, 1]
+
+
+async def test_another_replica_takes_over_from_an_engine_that_fails(create_setup: CreateSetup) -> None:
+    first, second = FakeReplica(), FakeReplica(replica_id="replica-1")
+    setup = await create_setup(first, second)
+    await setup.wait_states("test", READY, READY)
+    first.refusal = replica_pb2.Failure(reason="ENGINE_FAULT", message="the device is gone")
+    await asyncio.gather(*(setup.stub.Generate(request()) for _ in range(8)))
+    assert first.submits
+    assert len(second.submits) == 8
+
+
+async def test_an_engine_that_fails_after_the_first_token_says_why(create_setup: CreateSetup) -> None:
+    first, second = FakeReplica(gated=True), FakeReplica(replica_id="replica-1", gated=True)
+    setup = await create_setup(first, second)
+    await setup.wait_states("test", READY, READY)
+    stream = setup.stub.GenerateStream(request())
+    async with asyncio.timeout(10):
+        while not (first.running or second.running):
+            await setup.model()
+    running, other = (first, second) if first.running else (second, first)
+    await running.allow(1)
+    await anext(aiter(stream))
+    await running.fail(running.submits[0].id, "the device is gone")
+    end = await failure(collect(stream))
+    assert (end.code, end.reason, end.message) == (grpc.StatusCode.INTERNAL, "ENGINE_FAULT", "the device is gone")
+    assert not other.submits
 
 
 async def test_a_replica_lost_with_no_other_is_unavailable(create_setup: CreateSetup) -> None:
