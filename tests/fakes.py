@@ -14,7 +14,7 @@ _MASK = 2**64 - 1
 
 
 def create_model_info(**changes: Any) -> ModelInfo:
-    """A small model: context of 64, 100 tokens, end of text 0, 16 blocks of 4."""
+    """A small model: context of 64 or what the pool holds, 100 tokens, end of text 0, 16 blocks of 4."""
     values: dict[str, Any] = {
         "architecture": "FakeForCausalLM",
         "max_model_len": 64,
@@ -26,7 +26,9 @@ def create_model_info(**changes: Any) -> ModelInfo:
         "block_size": 4,
         "backend": "fake",
     }
-    return ModelInfo(**values | changes)
+    values |= changes
+    values["max_model_len"] = min(values["max_model_len"], values["num_blocks"] * values["block_size"])
+    return ModelInfo(**values)
 
 
 def draw_token(seed: int, candidate_index: int, position: int, vocab_size: int) -> int:

@@ -11,7 +11,8 @@ class ModelInfo:
 
     Attributes:
         architecture: as in the checkpoint's ``config.json``.
-        max_model_len: prompt and completion together, in tokens.
+        max_model_len: limit in force on prompt and completion together, in tokens: the model's context, or the whole
+            KV pool where that is smaller. At most ``kv_capacity_tokens``: a longer sequence could never be finished.
         vocab_size: valid token ids are below this.
         eos_token_ids: ids that end a text.
         dtype: of weights and activations, e.g. ``"float32"``.

@@ -48,11 +48,6 @@ class Engine:
         return self._executor.model
 
     @property
-    def max_model_len(self) -> int:
-        """What one sequence may grow to: the model's context, or the whole KV pool where that is smaller."""
-        return min(self.model.max_model_len, self.model.kv_capacity_tokens)
-
-    @property
     def has_work(self) -> bool:
         return self._scheduler.has_work or bool(self._in_flight)
 
@@ -84,10 +79,10 @@ class Engine:
             raise EngineFault(self._fault.message)
         self._validate(submission)
         sampling = submission.sampling
-        room = self.max_model_len - len(submission.prompt_token_ids)
+        room = self.model.max_model_len - len(submission.prompt_token_ids)
         max_tokens = min(sampling.max_tokens or room, room)
         seed = self._seeds.getrandbits(64) if sampling.seed is None else sampling.seed
-        sampling = replace(sampling, seed=seed, max_tokens=max_tokens, min_tokens=min(sampling.min_tokens, max_tokens))
+        sampling = replace(sampling, seed=seed, max_tokens=max_tokens)  # refuses min_tokens that do not fit there
         eos_token_ids = () if sampling.ignore_eos else self.model.eos_token_ids
         sequences = [
             Sequence(
@@ -134,11 +129,6 @@ class Engine:
             raise InvalidRequest(
                 f"the prompt has {len(prompt)} tokens; the model's context holds {model.max_model_len}, one of which "
                 "must be left for the completion",
-                field="prompt",
-            )
-        if len(prompt) >= model.kv_capacity_tokens:
-            raise InvalidRequest(
-                f"the prompt has {len(prompt)} tokens; the whole KV pool holds {model.kv_capacity_tokens}",
                 field="prompt",
             )
         submission.sampling.check_vocabulary(model.vocab_size)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 from collections.abc import Callable
 from pathlib import Path
@@ -21,6 +22,8 @@ from cluster.worker.input_batch import InputBatch
 from cluster.worker.kv_cache import KVCacheShape, check_weights_fit, count_blocks, free_memory, kv_budget
 from cluster.worker.model_runner import ModelRunner
 from cluster.worker.rehearsal import rehearse
+
+_log = logging.getLogger(__name__)
 
 _WARMUP_TOKENS = 32  # on CPU: enough to start thread pools and load every operator, quick for any model
 
@@ -86,6 +89,7 @@ class LocalExecutor:
             else:
                 free_bytes = free_memory(device)
             num_blocks = count_blocks(shape, config, device=device, free_bytes=free_bytes)
+            max_model_len = _cut_to_pool(max_model_len, num_blocks * config.block_size)
             kv_caches = shape.allocate(num_blocks, device)
             enter("warming up")
             if device.type == "cpu":  # on CUDA the measurement of the activations was the warm-up
@@ -177,6 +181,18 @@ def _max_model_len(config: WorkerConfig, model: Model, file: ConfigFile) -> int:
             field="worker.max_model_len",
         )
     return config.max_model_len
+
+
+def _cut_to_pool(max_model_len: int, pool_tokens: int) -> int:
+    if pool_tokens < max_model_len:
+        _log.warning(
+            "the KV pool holds %d tokens, fewer than the context of %d: prompt and completion together are limited to "
+            "%d tokens; raise worker.kv_cache_bytes (or on CUDA worker.gpu_memory_utilization)",
+            pool_tokens,
+            max_model_len,
+            pool_tokens,
+        )
+    return min(max_model_len, pool_tokens)
 
 
 def _free_beside_activations(

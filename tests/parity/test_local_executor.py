@@ -102,6 +102,20 @@ class TestStart:
     def test_smaller_context(self, checkpoint: Path):
         assert create_executor(checkpoint, max_model_len=100).model.max_model_len == 100
 
+    def test_a_pool_below_the_context_cuts_it_and_says_so(self, checkpoint: Path, caplog: pytest.LogCaptureFixture):
+        model = create_executor(checkpoint, kv_cache_bytes=5 * SHAPE.block_bytes).model
+        assert (model.max_model_len, model.kv_capacity_tokens) == (80, 80)
+        (record,) = caplog.records
+        assert "holds 80 tokens, fewer than the context of 512" in record.getMessage()
+        caplog.clear()
+        assert create_executor(checkpoint, max_model_len=80, kv_cache_bytes=5 * SHAPE.block_bytes)
+        assert not caplog.records
+
+    def test_a_pool_below_the_context_can_be_filled_to_its_last_token(self, checkpoint: Path):
+        engine = create_engine(checkpoint, num_blocks=2)
+        sampling = SamplingParams(temperature=0.0, ignore_eos=True)
+        assert [len(tokens) for tokens in run_engine(engine, create_prompts((31, 4)), sampling)] == [1, 28]
+
     def test_broken_checkpoint(self, checkpoint: Path):
         (checkpoint / "model.safetensors").unlink()
         with pytest.raises(CheckpointError, match=r"model\.safetensors"):

@@ -179,9 +179,14 @@ def test_max_tokens_is_what_the_context_and_the_pool_hold(model: dict[str, int],
     assert results.finish() is FinishReason.LENGTH
 
 
-def test_min_tokens_beyond_the_context_is_cut_too():
+def test_min_tokens_beyond_the_context_are_refused():
     engine = create_engine(FakeExecutor(max_model_len=6))
-    engine.add(create_submission(max_tokens=50, min_tokens=40))
+    with pytest.raises(InvalidRequest, match=r"min_tokens is 4; it must be in \[0, 3\]") as caught:
+        engine.add(create_submission(max_tokens=50, min_tokens=4))
+    assert caught.value.field == "sampling.min_tokens"
+    assert not engine.has_work
+    engine.check_integrity()
+    engine.add(create_submission(max_tokens=50, min_tokens=3))
     assert len(run(engine).tokens()) == 3
 
 
@@ -415,7 +420,7 @@ def test_refusals_change_nothing(submission: Submission, error: type[ClusterErro
 
 def test_a_prompt_longer_than_the_pool_names_both_numbers():
     engine = create_engine(FakeExecutor(num_blocks=2, block_size=4))
-    with pytest.raises(InvalidRequest, match="has 8 tokens; the whole KV pool holds 8"):
+    with pytest.raises(InvalidRequest, match="has 8 tokens; the model's context holds 8"):
         engine.add(create_submission(prompt_token_ids=[1] * 8))
 
 
