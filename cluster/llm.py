@@ -113,7 +113,7 @@ class LLM:
 
         Raises:
             InvalidRequest: a prompt or its parameters can never run; nothing has run then.
-            EngineFault: the model failed; this LLM is dead.
+            EngineFault: the model failed at one prompt, which the message names, or as a whole, and fails from then on.
         """
         inputs: list[tuple[str | None, list[int]]] = []
         for index, prompt in enumerate(_listed(prompts)):
@@ -122,7 +122,7 @@ class LLM:
                     inputs.append((prompt, self._tokenizer.encode(prompt)))
                 else:
                     inputs.append((None, _token_ids(prompt)))
-        return self._run(inputs, sampling_params, progress)
+        return self._run("prompts", inputs, sampling_params, progress)
 
     def chat(
         self,
@@ -141,7 +141,7 @@ class LLM:
         for index, conversation in enumerate(_conversations(messages)):
             with _naming(f"messages[{index}]"):
                 inputs.append((None, self._tokenizer.encode_chat(list(conversation))))
-        return self._run(inputs, sampling_params, progress)
+        return self._run("messages", inputs, sampling_params, progress)
 
     def shutdown(self) -> None:
         """Releases the model and its memory. Idempotent."""
@@ -164,20 +164,22 @@ class LLM:
 
     def _run(
         self,
+        source: str,
         inputs: Sequence[tuple[str | None, list[int]]],
         sampling_params: SamplingParams | Sequence[SamplingParams] | None,
         progress: bool,
     ) -> list[RequestOutput]:
         engine = self._live_engine()
+        per_prompt = _per_prompt(sampling_params, len(inputs))
         runs = [
-            RequestRun(next(self._submission_ids), prompt, token_ids, sampling, self._tokenizer)
-            for (prompt, token_ids), sampling in zip(inputs, _per_prompt(sampling_params, len(inputs)), strict=True)
+            RequestRun(next(self._submission_ids), f"{source}[{index}]", prompt, token_ids, sampling, self._tokenizer)
+            for index, ((prompt, token_ids), sampling) in enumerate(zip(inputs, per_prompt, strict=True))
         ]
         by_id = {run.submission_id: run for run in runs}
         with self._lock, _interrupts_between_steps() as check_interrupt, _Bar(len(runs), shown=progress) as bar:
             try:
-                for index, run in enumerate(runs):
-                    with _naming(f"prompts[{index}]"):
+                for run in runs:
+                    with _naming(run.source):
                         engine.add(run.submission())
                 while by_id:
                     check_interrupt()
@@ -193,7 +195,9 @@ class LLM:
             raise EngineFault(f"the engine has no work left, and {len(by_id)} requests have no end")
         events = engine.step()
         for failure in events.failures:
-            raise failure.error
+            if engine.fault is not None:
+                raise engine.fault
+            raise EngineFault(f"{by_id[failure.submission_id].source}: {failure.error.message}") from failure.error
         for delta in events.deltas:
             run = by_id.get(delta.submission_id)
             if run is None:

@@ -63,17 +63,19 @@ class RequestOutput:
 
 
 class RequestRun:
-    """A request under way."""
+    """A request under way; ``source`` says in errors which of the caller's inputs it is, e.g. "prompts[3]"."""
 
     def __init__(
         self,
         submission_id: int,
+        source: str,
         prompt: str | None,
         token_ids: list[int],
         sampling: SamplingParams,
         tokenizer: Tokenizer,
     ) -> None:
         self.submission_id = submission_id
+        self.source = source
         self.prompt = prompt
         self.token_ids = token_ids
         self.sampling = sampling

@@ -149,7 +149,7 @@ class TransformersModel(nn.Module):
     Attributes: as in ``registry.Model``.
     """
 
-    backend = "transformers"
+    backend = "transformers (slower path)"
 
     def __init__(self, model: PreTrainedModel) -> None:
         """

@@ -7,6 +7,7 @@ import signal
 import subprocess
 import sys
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -16,6 +17,7 @@ from transformers import AutoModelForCausalLM
 
 from cluster import LLM, RequestOutput, SamplingParams
 from cluster.core.request import FinishReason
+from cluster.core.step import StepInput, StepOutput
 from cluster.errors import CheckpointError, ConfigError, EngineFault, InvalidRequest
 
 PROMPTS = ["def read_lines(path):", "a", "日本語 text", "x = [1, 2, 3]\n" * 4]
@@ -271,6 +273,49 @@ def test_a_fault_of_the_model_is_raised(checkpoint: Path) -> None:
         with pytest.raises(EngineFault, match="not finite"):
             llm.generate(["a", "b"], GREEDY)
     llm.shutdown()
+
+
+def test_a_prompt_that_fails_is_named_and_the_next_call_works(llm: LLM) -> None:
+    engine = llm._live_engine()
+    expected = llm.generate("a", GREEDY)
+    bad = [65] * 9
+    execute = engine._executor._runner.execute
+
+    def fail_one(step: StepInput) -> StepOutput:
+        output = execute(step)
+        failed = {new.sequence_id: "not finite" for new in step.new if list(new.token_ids) == bad}
+        return replace(output, failed=failed)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(engine._executor._runner, "execute", fail_one)
+        with pytest.raises(EngineFault, match=r"^prompts\[1\]: not finite"):
+            llm.generate(["a", bad, "b"], GREEDY)
+    assert not engine.has_work
+    assert llm.generate("a", GREEDY) == expected
+
+
+def test_a_fault_of_the_whole_engine_names_no_prompt(checkpoint: Path) -> None:
+    with LLM(checkpoint, device="cpu", num_threads=1, kv_cache_bytes=2**20) as llm:
+        engine = llm._live_engine()
+        engine._executor._runner._kv_caches.clear()
+        for _ in range(2):
+            with pytest.raises(EngineFault, match=r"^the forward pass failed"):
+                llm.generate(["a", "b"], GREEDY)
+
+
+def test_refusals_of_chats_name_the_conversation(llm: LLM) -> None:
+    fine = [{"role": "user", "content": "hi"}]
+    with pytest.raises(InvalidRequest, match=r"^messages\[1\]: the prompt has \d+ tokens"):
+        llm.chat([fine, [{"role": "user", "content": "x" * 600}]], GREEDY)
+    with pytest.raises(InvalidRequest, match=r"^messages\[1\]: the text holds a NUL") as caught:
+        llm.chat([fine, [{"role": "user", "content": "\0"}]], GREEDY)
+    assert caught.value.field == "chat"
+
+
+def test_min_tokens_beyond_the_context_are_refused(llm: LLM) -> None:
+    with pytest.raises(InvalidRequest, match=r"^prompts\[0\]: min_tokens is 510") as caught:
+        llm.generate([[65] * 9], SamplingParams(min_tokens=510))
+    assert caught.value.field == "sampling.min_tokens"
 
 
 def test_after_shutdown_it_says_so(checkpoint: Path) -> None:
