@@ -207,10 +207,12 @@ def save(model: LlamaForCausalLM, tokenizer: Tokenizer, result: dict[str, object
         + "\n"
     )
     (out / "training.json").write_text(json.dumps(result, indent=2) + "\n")
-    (out / "README.md").write_text(model_card(result))
+    (out / "README.md").write_text(model_card(result, out))
+    for file in filter(Path.is_file, out.iterdir()):
+        file.chmod(0o644)  # safetensors' files are their owner's alone, and these are for everybody who installs them
 
 
-def model_card(result: dict[str, object]) -> str:
+def model_card(result: dict[str, object], out: Path) -> str:
     """The card as Markdown; every figure comes from the run itself."""
     shape = SHAPES[str(result["size"])]
     parameters = (
@@ -246,7 +248,7 @@ Python and no facts.
 | context | {CONTEXT} tokens |
 | held-out bits per byte (bf16 weights) | **{result["held_out_bits_per_byte"]}** |
 
-Made by `python -m cluster.demo.train --size {result["size"]}`. The sources are under the PSF licence.
+Made by `python -m cluster.demo.train --size {result["size"]} --out {out}`. The sources are under the PSF licence.
 """
 
 
