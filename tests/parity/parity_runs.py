@@ -36,8 +36,11 @@ def create_engine(
     num_blocks: int | None = None,
     **worker: Any,
 ) -> Engine:
-    """An engine over a LocalExecutor on one CPU thread. ``num_blocks`` counts blocks of 16 positions of the factory's
-    default float32 shape (3 layers, 2 key-value heads of 16)."""
+    """An engine over a LocalExecutor: on one CPU thread, unless ``device`` says "cuda".
+
+    ``num_blocks`` counts blocks of 16 positions of the factory's default float32 shape (3 layers, 2 key-value heads of
+    16).
+    """
     block_bytes = 2 * 3 * 16 * 2 * 16 * 4
     options: dict[str, Any] = {
         "device": "cpu",
@@ -76,15 +79,15 @@ class Reference:
 
 @torch.inference_mode()
 def run_transformers(
-    checkpoint: Path, prompts: Sequence[Sequence[int]], dtype: torch.dtype = torch.float32
+    checkpoint: Path, prompts: Sequence[Sequence[int]], dtype: torch.dtype = torch.float32, device: str = "cpu"
 ) -> list[Reference]:
     """Each prompt alone, so that no padding takes part."""
-    model = AutoModelForCausalLM.from_pretrained(checkpoint, dtype=dtype).eval()
+    model = AutoModelForCausalLM.from_pretrained(checkpoint, dtype=dtype).eval().to(device)
     references = []
     for prompt in prompts:
         output = model.generate(
-            torch.tensor([prompt]),
-            attention_mask=torch.ones(1, len(prompt), dtype=torch.int64),
+            torch.tensor([prompt], device=device),
+            attention_mask=torch.ones(1, len(prompt), dtype=torch.int64, device=device),
             max_new_tokens=NUM_TOKENS,
             eos_token_id=-1,
             pad_token_id=0,
@@ -92,7 +95,7 @@ def run_transformers(
             return_dict_in_generate=True,
             output_logits=True,
         )
-        logprobs_NV = torch.cat(output.logits).float().log_softmax(-1)
+        logprobs_NV = torch.cat(output.logits).float().log_softmax(-1).cpu()
         references.append(Reference(output.sequences[0, len(prompt) :].tolist(), logprobs_NV))
     return references
 

@@ -1,4 +1,5 @@
-"""Our models against transformers, float32 on CPU: the same greedy tokens, the same log probabilities."""
+"""Our models against transformers in float32, on CPU and where there is one on a CUDA device: the same greedy tokens,
+the same log probabilities."""
 
 from __future__ import annotations
 
@@ -14,6 +15,12 @@ from checkpoints import create_checkpoint
 from parity_runs import create_engine, create_prompts, distance, run_engine, run_transformers
 from safetensors.torch import load_file, save_file
 
+DEVICES = [
+    "cpu",
+    pytest.param(
+        "cuda", marks=[pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")]
+    ),
+]
 LINEAR = {"rope_type": "linear", "rope_theta": 1e4, "factor": 3.0}
 LLAMA3 = {
     "rope_type": "llama3",
@@ -60,15 +67,17 @@ VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {
 }  # fmt: skip
 
 
+@pytest.mark.parametrize("device", DEVICES)
 @pytest.mark.parametrize("variant", VARIANTS)
-def test_greedy_tokens_and_logprobs_equal_transformers(variant: str, tmp_path: Path):
+def test_greedy_tokens_and_logprobs_equal_transformers(variant: str, device: str, tmp_path: Path):
     architecture, config = VARIANTS[variant]
     checkpoint = create_checkpoint(tmp_path, architecture, **config)
     prompts = create_prompts()
-    engine = create_engine(checkpoint)
+    engine = create_engine(checkpoint, device=device, dtype="float32")
     assert engine.model.architecture == architecture
     assert engine.model.backend.startswith("cluster")
-    apart = distance(run_transformers(checkpoint, prompts), run_engine(engine, prompts))
+    assert engine.model.device.startswith(device)
+    apart = distance(run_transformers(checkpoint, prompts, device=device), run_engine(engine, prompts))
     assert apart.num_differing == 0
     assert apart.logprob <= 1e-4
 
@@ -131,14 +140,15 @@ def test_the_parity_check_sees_a_small_fault(fault: str, tmp_path: Path):
     assert distance(run_transformers(original, prompts), run_engine(create_engine(damaged), prompts)).logprob > 1e-3
 
 
+@pytest.mark.parametrize("device", DEVICES)
 @pytest.mark.parametrize(("dtype", "bound"), [("bfloat16", 0.5), ("float16", 0.08)])
 @pytest.mark.parametrize("architecture", ["LlamaForCausalLM", "Qwen3ForCausalLM"])
-def test_16_bit_runs_stay_near_float32(architecture: str, dtype: str, bound: float, tmp_path: Path):
+def test_16_bit_runs_stay_near_float32(architecture: str, dtype: str, bound: float, device: str, tmp_path: Path):
     """The first token's log probabilities of every prompt: later ones follow another text once a near tie falls."""
     checkpoint = create_checkpoint(tmp_path, architecture, head_dim=16)
     prompts = create_prompts()
-    engine = create_engine(checkpoint, dtype=dtype)
-    assert engine.model.dtype == dtype
+    engine = create_engine(checkpoint, device=device, dtype=dtype)
+    assert (engine.model.dtype, torch.device(engine.model.device).type) == (dtype, device)
     expected = [reference.logprobs_NV[0] for reference in run_transformers(checkpoint, prompts)]
     for output, logprobs_V in zip(run_engine(engine, prompts), expected, strict=True):
         for token_id, logprob in output[0].top_logprobs:
