@@ -1,4 +1,4 @@
-"""Protobuf messages to and from the dataclasses of ``core``: written once, for client, gateway and replica."""
+"""What client, gateway and replica agree on: names on the wire, and messages to and from ``core``'s dataclasses."""
 
 from __future__ import annotations
 
@@ -7,6 +7,11 @@ from collections.abc import Iterable, Sequence
 from cluster.core.request import FinishReason, Priority, SamplingParams
 from cluster.core.step import SampledToken
 from cluster.v1 import inference_pb2 as pb
+
+SERVICE = pb.DESCRIPTOR.services_by_name["InferenceService"].full_name  # the gateway's health goes by it, too
+ERROR_DOMAIN = "cluster.v1"  # of ErrorInfo; other domains' reasons are not ours
+PROTOCOL_VERSION = 1  # of the stream between gateway and replica
+SECRET_KEY = "cluster-secret"  # metadata of that stream
 
 _PRIORITY_TO_PROTO = {
     Priority.P0: pb.PRIORITY_P0,

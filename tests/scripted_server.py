@@ -15,8 +15,8 @@ from cluster.errors import ClusterError
 from cluster.gateway.status import status_of
 from cluster.v1 import inference_pb2 as pb
 from cluster.v1 import inference_pb2_grpc as pb_grpc
+from cluster.wire import SERVICE
 
-SERVICE = "cluster.v1.InferenceService"
 Answer = Any  # a message, a list of chunks, an error to raise, or a callable of (request, context)
 
 

@@ -5,9 +5,6 @@ from __future__ import annotations
 DEFAULT_ADDRESS = "127.0.0.1:50051"
 DEFAULT_DEADLINE_S = 600.0
 
-# The name under which the gateway reports its health.
-SERVICE = "cluster.v1.InferenceService"
-
 CHANNEL_OPTIONS = (
     ("grpc.enable_retries", 0),  # retry.py is the one retry layer
     # gRPC fails calls at once while it waits to reconnect. Its default of 1 s would waste our attempts.

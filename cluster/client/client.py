@@ -9,7 +9,7 @@ from typing import Any, Unpack
 import grpc
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 
-from cluster.client.channel import CHANNEL_OPTIONS, DEFAULT_ADDRESS, DEFAULT_DEADLINE_S, SERVICE
+from cluster.client.channel import CHANNEL_OPTIONS, DEFAULT_ADDRESS, DEFAULT_DEADLINE_S
 from cluster.client.requests import GenerateOptions, Messages, Prompt, chat_request, count_request, prompt_request
 from cluster.client.results import GenerationResult, Model, model_from_proto, models_from_proto, result_from_proto
 from cluster.client.retry import MAX_ATTEMPTS, Attempts
@@ -18,6 +18,7 @@ from cluster.core.request import SamplingParams
 from cluster.errors import Cancelled
 from cluster.v1 import inference_pb2 as pb
 from cluster.v1 import inference_pb2_grpc as pb_grpc
+from cluster.wire import SERVICE
 
 
 class Client:

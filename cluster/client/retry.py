@@ -8,8 +8,8 @@ from collections.abc import Callable
 
 import grpc
 
-from cluster.client.status import error_of
-from cluster.errors import InvalidRequest
+from cluster.client.status import error_of, never_sent
+from cluster.errors import InvalidRequest, ServerUnreachable
 
 MAX_ATTEMPTS = 4
 _FIRST_BACKOFF_S = 0.1
@@ -19,8 +19,11 @@ _MAX_BACKOFF_S = 2.0
 class Attempts:
     """The attempts at one call, under one deadline.
 
-    Only UNAVAILABLE is repeated, because it says that nothing was executed, and only before the first chunk. The wait
-    doubles each time with full jitter, so that clients do not come back in step, and is never shorter than the
+    Repeated is, before the first chunk, what was not executed: UNAVAILABLE where the gateway itself says so, or where
+    there was no connection to send the call on. A connection that breaks under a call is UNAVAILABLE to gRPC, too, but
+    then nobody knows what was executed, and the caller decides.
+
+    The wait doubles each time with full jitter, so that clients do not come back in step, and is never shorter than the
     server's RetryInfo. A wait that would outlast the deadline is not begun: the caller learns the error at once.
 
     Raises:
@@ -61,8 +64,10 @@ class Attempts:
             ClusterError: there is to be no further attempt; the failure, typed.
         """
         self._failed += 1
-        error = error_of(failure, address=self._address, deadline_s=self._deadline_s, received=received)
-        if received or failure.code() is not grpc.StatusCode.UNAVAILABLE or self._failed >= self._max_attempts:
+        error = error_of(failure, address=self._address, deadline_s=self._deadline_s)
+        unavailable = failure.code() is grpc.StatusCode.UNAVAILABLE
+        not_executed = unavailable and (never_sent(failure) or not isinstance(error, ServerUnreachable))
+        if received or not not_executed or self._failed >= self._max_attempts:
             raise error from None
         backoff_s = self._rng.uniform(0, min(_MAX_BACKOFF_S, _FIRST_BACKOFF_S * 2 ** (self._failed - 1)))
         wait_s = max(backoff_s, error.retry_after_s or 0.0)

@@ -22,8 +22,7 @@ from cluster.errors import (
     Unsupported,
     error_from_reason,
 )
-
-ERROR_DOMAIN = "cluster.v1"
+from cluster.wire import ERROR_DOMAIN
 
 # For statuses without our details: made by gRPC itself, or by something between client and gateway.
 _BARE_CODES: dict[grpc.StatusCode, type[ClusterError]] = {
@@ -39,21 +38,29 @@ _BARE_CODES: dict[grpc.StatusCode, type[ClusterError]] = {
 }
 
 
-def error_of(call: grpc.RpcError, *, address: str, deadline_s: float, received: bool = False) -> ClusterError:
+# gRPC's words where it never got as far as sending the call. Should they change, such calls are no longer repeated.
+_NEVER_SENT = ("failed to connect to all addresses", "errors resolving")
+
+
+def never_sent(call: grpc.RpcError) -> bool:
+    """Whether a call ended UNAVAILABLE because there was no connection, rather than because one broke under it."""
+    return call.code() is grpc.StatusCode.UNAVAILABLE and (call.details() or "").startswith(_NEVER_SENT)
+
+
+def error_of(call: grpc.RpcError, *, address: str, deadline_s: float) -> ClusterError:
     """The typed error of a failed call.
 
     Args:
         call: what gRPC raised; it carries code, details and trailing metadata.
         address: for the message where nothing answers.
         deadline_s: for the message where the deadline passed here, not at the server.
-        received: whether chunks had come before the failure.
     """
     error = _error_of_details(call)
     if error is not None:
         return error
     code, details = call.code(), call.details() or ""
     if code is grpc.StatusCode.UNAVAILABLE:
-        return _unreachable(address, details, received)
+        return _unreachable(address, details, never_sent(call))
     if code is grpc.StatusCode.DEADLINE_EXCEEDED:
         return DeadlineExceeded(f"{address} did not finish within the deadline of {deadline_s:g} s")
     if code is grpc.StatusCode.RESOURCE_EXHAUSTED and "larger than max" in details:
@@ -85,9 +92,11 @@ def _error_of_details(call: grpc.RpcError) -> ClusterError | None:
     )
 
 
-def _unreachable(address: str, details: str, received: bool) -> ServerUnreachable:
-    if received:
-        return ServerUnreachable(f"the connection to {address} broke before the generation's end ({details})")
+def _unreachable(address: str, details: str, never_sent: bool) -> ServerUnreachable:
+    if not never_sent:
+        return ServerUnreachable(
+            f"the connection to {address} broke before the call's end; what it asked for may have run ({details})"
+        )
     return ServerUnreachable(
         f"no server answers at {address}; start one with `cluster serve`, or give another address ({details})"
     )

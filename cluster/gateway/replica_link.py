@@ -17,9 +17,7 @@ import grpc
 
 from cluster.errors import ClusterError, EngineFault, error_from_reason
 from cluster.v1 import inference_pb2, replica_pb2, replica_pb2_grpc
-
-PROTOCOL_VERSION = 1
-SECRET_KEY = "cluster-secret"
+from cluster.wire import PROTOCOL_VERSION, SECRET_KEY
 
 _MIN_BACKOFF_S = 0.05
 _MAX_BACKOFF_S = 2.0

@@ -22,9 +22,8 @@ from cluster.gateway.replica_link import ReplicaAddress
 from cluster.gateway.servicer import InferenceServicer
 from cluster.observability.metrics import MetricSink, NullSink
 from cluster.text.tokenizer import Tokenizer
-from cluster.v1 import inference_pb2, inference_pb2_grpc
-
-SERVICE = inference_pb2.DESCRIPTOR.services_by_name["InferenceService"].full_name
+from cluster.v1 import inference_pb2_grpc
+from cluster.wire import SERVICE
 
 logger = logging.getLogger(__name__)
 

@@ -14,8 +14,7 @@ from google.rpc import error_details_pb2, status_pb2
 from grpc_status import rpc_status
 
 from cluster import errors
-
-ERROR_DOMAIN = "cluster.v1"
+from cluster.wire import ERROR_DOMAIN
 
 _CODES = {
     errors.InvalidRequest: grpc.StatusCode.INVALID_ARGUMENT,

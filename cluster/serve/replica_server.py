@@ -13,10 +13,16 @@ import grpc
 from cluster.engine.executor import ModelInfo
 from cluster.engine.submission import Delta, EngineLoad, StepEvents, Submission
 from cluster.errors import ClusterError, Draining, EngineFault, InvalidRequest
-from cluster.gateway.replica_link import PROTOCOL_VERSION, SECRET_KEY
 from cluster.serve.engine_thread import Commands, Engine, EngineThread
 from cluster.v1 import replica_pb2, replica_pb2_grpc
-from cluster.wire import finish_reason_to_proto, logprobs_to_proto, priority_from_proto, sampling_from_proto
+from cluster.wire import (
+    PROTOCOL_VERSION,
+    SECRET_KEY,
+    finish_reason_to_proto,
+    logprobs_to_proto,
+    priority_from_proto,
+    sampling_from_proto,
+)
 
 # A gateway that reads nothing for this many deltas (10 s of 64 streams at 100 tokens/s) is taken for stuck.
 _MAX_PENDING_DELTAS = 65_536

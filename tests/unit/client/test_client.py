@@ -170,6 +170,7 @@ def test_unknown_keyword_arguments_are_refused(client):
         errors.AlreadyExists("in use"),
         errors.Overloaded("full", retry_after_s=1.5),
         errors.QuotaExceeded("used up", retry_after_s=0.0),
+        errors.SlowReader("unread"),
         errors.ReplicaLost("gone"),
         errors.Unsupported("image parts"),
         errors.EngineFault("a bug"),
@@ -296,6 +297,21 @@ def test_a_connection_that_breaks_midway_says_so(client, server):
     server.stop()
     with pytest.raises(errors.ServerUnreachable, match="broke"):
         next(stream)
+    assert len(server.requests) == 1
+
+
+def test_a_call_under_which_the_connection_breaks_is_not_repeated(client, server):
+    """The server had it: it may have run, and a second server at the address would run it again."""
+
+    def die(request, context):
+        threading.Thread(target=server.stop).start()
+        gone = threading.Event()
+        if context.add_callback(gone.set):
+            gone.wait()
+
+    server.script("Generate", die)
+    with pytest.raises(errors.ServerUnreachable, match="broke before the call's end"):
+        client.generate("x")
     assert len(server.requests) == 1
 
 

@@ -89,16 +89,46 @@ def test_nothing_is_repeated_once_chunks_came():
         create_attempts().backoff_s(Failure(), received=True)
 
 
+class BareFailure(Failure):
+    """A status that gRPC made itself."""
+
+    def __init__(self, details, code=grpc.StatusCode.UNAVAILABLE):
+        super().__init__(code)
+        self._details = details
+
+    def details(self):
+        return self._details
+
+    def trailing_metadata(self):
+        return []
+
+
+@pytest.mark.parametrize(
+    "details", ["failed to connect to all addresses; last error: refused", "errors resolving host: not found"]
+)
+def test_what_was_never_sent_is_repeated(details):
+    attempts = create_attempts(max_attempts=2)
+    assert 0 <= attempts.backoff_s(BareFailure(details)) <= 0.1
+    with pytest.raises(ServerUnreachable, match="no server answers at host:1"):
+        attempts.backoff_s(BareFailure(details))
+
+
+@pytest.mark.parametrize("details", ["Socket closed", "Cancelling all calls", "recvmsg:Connection reset by peer", None])
+def test_a_connection_that_broke_under_the_call_is_not_repeated(details):
+    with pytest.raises(ServerUnreachable, match=r"connection to host:1 broke.*may have run"):
+        create_attempts().backoff_s(BareFailure(details))
+
+
 def test_details_of_another_domain_are_not_ours():
     with pytest.raises(ServerUnreachable, match="host:1"):
-        create_attempts(max_attempts=1).backoff_s(Failure(domain="elsewhere"))
+        create_attempts().backoff_s(Failure(domain="elsewhere"))
 
 
 def test_details_that_contradict_the_status_are_ignored():
     failure = Failure()
     failure._status.message = "another"
     with pytest.raises(ServerUnreachable):
-        create_attempts(max_attempts=1).backoff_s(failure)
+        create_attempts().backoff_s(failure)
 
 
 @pytest.mark.parametrize("deadline_s", [0, -1, float("inf"), float("nan")])

@@ -18,7 +18,8 @@ from grpc_reflection.v1alpha import reflection_pb2, reflection_pb2_grpc
 
 from cluster.errors import ConfigError, ModelNotFound
 from cluster.gateway.config import GatewayConfig
-from cluster.gateway.server import SERVICE, Gateway, ServedModel
+from cluster.gateway.server import Gateway, ServedModel
+from cluster.wire import SERVICE
 
 SERVING = health_pb2.HealthCheckResponse.SERVING
 NOT_SERVING = health_pb2.HealthCheckResponse.NOT_SERVING
