@@ -30,8 +30,6 @@ TTFT_S = Metric("cluster_ttft_seconds", "histogram", "Time to first token.", ("m
 ITL_S = Metric("cluster_itl_seconds", "histogram", "Time between tokens of a candidate.", ("model",), _LATENCY_S)
 E2E_S = Metric("cluster_e2e_seconds", "histogram", "Time to the last token.", ("model",), _LATENCY_S)
 
-ALL = (RUNNING, WAITING, KV_USAGE, PREEMPTIONS, PROMPT_TOKENS, GENERATED_TOKENS, REQUESTS, TTFT_S, ITL_S, E2E_S)
-
 
 class MetricSink(Protocol):
     """Where measurements go. Calls are cheap, never block and never raise."""
