@@ -67,6 +67,8 @@ spec:
       env:
         # Ray starts workers at nice 15, which starves them beside anything else on the node.
         - {name: RAY_worker_niceness, value: "0"}
+        # In the pod, because what the Serve config says of an actor's options replaces all that the application says.
+        - {name: RAY_SERVE_RUN_USER_CODE_IN_SEPARATE_THREAD, value: "0"}
         {{- with $root.Values.env }}
         {{- toYaml . | nindent 8 }}
         {{- end }}

@@ -233,6 +233,14 @@ def test_environment_and_volumes_reach_every_pod(render, crd_validator):
         assert values["volumeMounts"][0] in container["volumeMounts"]
 
 
+def test_every_pod_has_what_actors_need(pods):
+    from cluster.serve.local_ray import ACTOR_ENVIRONMENT
+
+    for name, pod in pods.items():
+        env = {variable["name"]: variable.get("value") for variable in container_of(pod)["env"]}
+        assert ACTOR_ENVIRONMENT.items() <= env.items(), name
+
+
 def test_versions_are_those_of_the_package(ray_service):
     project = tomllib.loads((REPO / "pyproject.toml").read_text())["project"]
     chart = yaml.safe_load((REPO / "helm" / "Chart.yaml").read_text())
