@@ -180,6 +180,13 @@ def tokens(frames: list[replica_pb2.ReplicaFrame], wire_id: int, candidate_index
     ]
 
 
+async def until_routes(cluster: Cluster, count: int) -> None:
+    """Waits until the server follows ``count`` submissions; what it took in or cancelled is in the engine's inbox."""
+    async with asyncio.timeout(10):
+        while len(cluster.server._routes) != count:
+            await asyncio.sleep(0.001)
+
+
 async def until_added(cluster: Cluster) -> Submission:
     return await asyncio.to_thread(cluster.engine.added.get, True, 10)
 
@@ -270,7 +277,9 @@ async def test_cancelled_candidate_is_silent_and_its_sibling_goes_on(cluster: Cl
         cluster.engine.release()
         first = await stream.read_until(lambda frame: frame.deltas)
         await stream.send(cancels=[replica_pb2.Cancel(id=1, candidate_index=0), replica_pb2.Cancel(id=2)])
-        await stream.send(submits=[submit(3, max_tokens=1)])  # answered only after the cancels were read
+        await until_routes(cluster, 1)  # before the step that is under way may end
+        await stream.send(submits=[submit(3, max_tokens=1)])
+        await until_routes(cluster, 2)
         cluster.engine.release(4)
         frames = first + await stream.read_until(finished(3))
         if not any(finished(1)(frame) for frame in frames):
@@ -288,7 +297,10 @@ async def test_the_end_of_a_stream_cancels_its_work_and_nobody_elses(cluster: Cl
             await leaver.greet()
             await leaver.send(submits=[submit(1, max_tokens=60)])
             await until_added(cluster)
+        # The engine stands in the leaver's first step; both commands are to wait for it before it goes on.
+        await until_routes(cluster, 0)
         await survivor.send(submits=[submit(1, max_tokens=40)])
+        await until_routes(cluster, 1)
         cluster.engine.release(60)
         frames = await survivor.read_until(finished(1))
         assert tokens(frames, 1) == list(range(40))
