@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import queue
 import threading
 from collections.abc import AsyncIterator
@@ -183,7 +182,7 @@ def tokens(frames: list[replica_pb2.ReplicaFrame], wire_id: int, candidate_index
 async def until_routes(cluster: Cluster, count: int) -> None:
     """Waits until the server follows ``count`` submissions; what it took in or cancelled is in the engine's inbox."""
     async with asyncio.timeout(10):
-        while len(cluster.server._routes) != count:
+        while len(cluster.server._routes) != count:  # noqa: ASYNC110 - the product has no event for this
             await asyncio.sleep(0.001)
 
 
@@ -242,8 +241,7 @@ async def test_submission_reaches_the_engine_whole(cluster: Cluster):
 @pytest.mark.parametrize("secret", ["", "wrong", SECRET + "x"])
 async def test_without_the_secret_nobody_connects(cluster: Cluster, secret: str):
     async with cluster.connect(secret) as stream:
-        with contextlib.suppress(grpc.aio.AioRpcError):  # the refusal may come before the frame has gone out
-            await stream.send(hello=replica_pb2.GatewayHello(protocol_version=1), submits=[submit(1)])
+        # Nothing is sent: gRPC's client may take a write that crosses the refusal for an error of its own.
         assert await stream.call.code() == grpc.StatusCode.UNAUTHENTICATED
     assert cluster.engine.added.empty()
 
