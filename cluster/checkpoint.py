@@ -33,12 +33,17 @@ def resolve_checkpoint(path: str, *, weights: bool = True) -> Path:
         return local.resolve()
     if local.exists():
         raise CheckpointError(f"{local} is a file; give the directory that holds config.json and *.safetensors")
-    if path.startswith((".", "/", "~")) or path.count("/") != 1:
+    if not is_hub_id(path):
         raise CheckpointError(
             f"there is no directory {path!r}; give a directory with config.json and *.safetensors, a Hub id (of the "
             f"form organisation/model), or one of {', '.join(sorted(EMBEDDED))}"
         )
     return _download(path, _WEIGHTS if weights else _TEXT_ONLY)
+
+
+def is_hub_id(path: str) -> bool:
+    """Whether ``path`` can only name a model of the Hub: nothing of this machine has that name."""
+    return not path.startswith((".", "/", "~")) and path.count("/") == 1 and not Path(path).exists()
 
 
 def _download(repo_id: str, patterns: tuple[str, ...]) -> Path:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import select
 import signal
 import textwrap
 from pathlib import Path
@@ -24,6 +25,7 @@ from cluster.serve.app import Cluster
 from cluster.serve.config import ModelConfig
 from cluster.serve.local_ray import token_path
 
+_CHECK_PERIOD_S = 2.0
 _DEFAULT_MODEL = "demo"
 _SELF_TEST_PROMPT = "def read_lines(path):\n    with open(path"
 _SELF_TEST_TOKENS = 48
@@ -89,12 +91,14 @@ def serve(
     try:
         _announce(cluster, tree, json)
         _test_itself(cluster, tree, json)
-        signals.wait()
+        while not signals.wait(_CHECK_PERIOD_S):
+            cluster.check()
     except KeyboardInterrupt:
         pass  # while it announced itself: it serves already, so this is an ordinary end
     finally:
-        typer.echo("draining ... (Ctrl-C again ends it at once)", err=True)
-        cluster.stop(hurry=signals.again)
+        if signals.count:
+            typer.echo("draining ... (Ctrl-C again ends it at once)", err=True)
+        cluster.stop(hurry=lambda: signals.count > 1)
 
 
 class _Signals:
@@ -104,27 +108,22 @@ class _Signals:
     """
 
     def __init__(self) -> None:
-        self._count = 0
+        self.count = 0
         self._waiting = False
         self._reader, self._writer = os.pipe2(os.O_CLOEXEC | os.O_NONBLOCK)
-        os.set_blocking(self._reader, True)
         for number in (signal.SIGINT, signal.SIGTERM):
             signal.signal(number, self._handle)
 
     def _handle(self, number: int, frame: FrameType | None) -> None:
-        self._count += 1
+        self.count += 1
         os.write(self._writer, b"!")
-        if self._count == 1 and not self._waiting:
+        if self.count == 1 and not self._waiting:
             raise KeyboardInterrupt
 
-    def wait(self) -> None:
-        """Returns with the first signal."""
+    def wait(self, timeout_s: float) -> bool:
+        """Whether there was a signal, or came one in time."""
         self._waiting = True
-        os.read(self._reader, 1)
-
-    def again(self) -> bool:
-        """Whether there was more than one."""
-        return self._count > 1
+        return bool(select.select([self._reader], [], [], timeout_s)[0])
 
 
 def _override(

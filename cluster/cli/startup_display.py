@@ -13,7 +13,7 @@ from rich.live import Live
 from rich.table import Table
 
 if TYPE_CHECKING:
-    from cluster.serve.startup_report import StartupState
+    from cluster.serve.startup_state import StartupState
 
 
 class StartupDisplay:

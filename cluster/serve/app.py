@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import secrets
 import threading
 import time
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 import grpc
@@ -14,14 +16,15 @@ from grpc_health.v1 import health_pb2, health_pb2_grpc
 
 from cluster.config import ClusterConfig, parse_config
 from cluster.errors import ConfigError, EngineFault
+from cluster.serve.addresses import free_port, gateway_address
 from cluster.serve.local_ray import ACTOR_ENVIRONMENT, LOCAL_ADDRESS, LocalRay, quieten
 from cluster.serve.placement import LOCAL_GATEWAY_CPUS, Resources, place_anywhere, place_locally
 from cluster.serve.preflight import check_machine
+from cluster.serve.startup_state import StartupState
 
 if TYPE_CHECKING:
+    from ray.actor import ActorHandle
     from ray.serve import Application
-
-    from cluster.serve.startup_report import StartupState
 
 logger = logging.getLogger(__name__)
 
@@ -46,7 +49,7 @@ def build(args: dict[str, Any]) -> Application:
     return create_application(
         config,
         place_anywhere(config.models, None),
-        start_id=secrets.token_hex(8),
+        start_id=None,
         gateway_cpus=1,
         environment=ACTOR_ENVIRONMENT,
     )
@@ -70,8 +73,9 @@ class Cluster:
         self._on_progress = on_progress
         self._start_id = secrets.token_hex(8)
         self._ray = LocalRay(config.ray) if config.ray.address == "local" else None
-        self._connected = False
-        self._own: StartupState
+        self._own = StartupState(actor="cluster")
+        self._deployed = False
+        self._owns_serve = False
         self.address = ""
         self.replicas: list[dict[str, str | int]] = []
 
@@ -90,7 +94,7 @@ class Cluster:
             ClusterError: why it cannot be; ConfigError and CheckpointError say what to change.
         """
         if self._ray:
-            check_machine(self._config)
+            check_machine(self._config, self._enter)
         try:
             self._start()
         except BaseException:
@@ -105,18 +109,24 @@ class Cluster:
         """
         import ray
 
-        if self._connected and not (self._ray and hurry()):
-            self._drain(hurry)
-        self._connected = False
         if self._ray:
+            if self._deployed and self._ray.alive and not hurry():
+                self._drain(hurry)
             self._ray.stop()
         else:
+            if self._deployed or self._owns_serve:
+                self._drain(hurry)
             ray.shutdown()
+        self._deployed = self._owns_serve = False
+
+    def check(self) -> None:
+        """Raises EngineFault where a Ray of our own has ended under us."""
+        if self._ray and not self._ray.alive:
+            raise EngineFault(
+                "Ray has ended, and the gateway and the replicas with it: it was killed, or ran out of memory"
+            )
 
     def _start(self) -> None:
-        from cluster.serve.startup_report import StartupState
-
-        self._own = StartupState(actor="cluster")
         self._enter("starting Ray")
         if self._ray:
             self._ray.start()
@@ -126,18 +136,24 @@ class Cluster:
         from ray import serve
 
         from cluster.serve.application import create_application
+        from cluster.serve.startup_report import await_startup
 
         quieten()
         self._enter("starting Serve")
-        self._connected = True
         resources = ray.cluster_resources()
         available = Resources(num_cpus=resources.get("CPU", 0.0), num_gpus=resources.get("GPU", 0.0))
         if self._ray:
             placements, gateway_cpus = place_locally(self._config.models, available), LOCAL_GATEWAY_CPUS
+            if self._config.gateway.port == 0:
+                # Chosen here, so that a gateway that is built again takes the same.
+                gateway = replace(self._config.gateway, port=free_port(self._config.gateway.host))
+                self._config = replace(self._config, gateway=gateway)
         else:
+            self._find_serve()
             placements, gateway_cpus = place_anywhere(self._config.models, available), 1.0
         serve.start(proxy_location="Disabled")
         self._enter("starting gateway and replicas")
+        await_startup(self._start_id)
         application = create_application(
             self._config,
             placements,
@@ -146,6 +162,7 @@ class Cluster:
             replica_host=LOCAL_ADDRESS if self._ray else None,
             environment=None if self._ray else ACTOR_ENVIRONMENT,
         )
+        self._deployed = True
         serve.run_many(
             [serve.RunTarget(application, name=APP_NAME, route_prefix=None)],
             wait_for_ingress_deployment_creation=False,
@@ -167,6 +184,21 @@ class Cluster:
                 f"no Ray to join at {address!r}: {' '.join(str(error).split())}", field="ray.address"
             ) from error
 
+    def _find_serve(self) -> None:
+        """Serve may run on that Ray already; its applications are not ours to replace."""
+        from ray import serve
+
+        try:
+            _serve_controller()
+        except ValueError:
+            self._owns_serve = True
+            return
+        if APP_NAME in serve.status().applications:
+            raise ConfigError(
+                f"a cluster runs on that Ray already (Serve's application {APP_NAME!r}): stop it, or use another Ray",
+                field="ray.address",
+            )
+
     # -- progress -----------------------------------------------------------------------------------------------------
 
     def _enter(self, stage: str) -> None:
@@ -174,12 +206,12 @@ class Cluster:
         self._on_progress([self._own])
 
     def _finish(self) -> None:
-        from dataclasses import replace
-
         self._own = replace(self._own, ended_at=time.time())
         self._on_progress([self._own])
 
     def _await_ready(self) -> None:
+        import ray
+
         from cluster.serve.startup_report import forget_startup, read_startup
 
         began = time.monotonic()
@@ -191,14 +223,19 @@ class Cluster:
                 state.raise_error()
             ready = [state.facts for state in states if state.ready]
             self.replicas = [facts for facts in ready if "model" in facts]
-            ports = [facts["port"] for facts in ready if "port" in facts]
+            gateways = [facts for facts in ready if "node_ip" in facts]
             missing = [
                 model
                 for model in self._config.models
                 if sum(facts["model"] == model.name for facts in self.replicas) < model.replicas
             ]
-            if ports and not missing:
-                self.address = f"{self._config.gateway.host}:{ports[0]}"
+            if gateways and not missing:
+                self.address = gateway_address(
+                    self._config.gateway.host,
+                    int(gateways[0]["port"]),
+                    node_ip=str(gateways[0]["node_ip"]),
+                    own_ip=ray.util.get_node_ip_address(),
+                )
                 forget_startup(self._start_id)
                 return
             now = time.monotonic()
@@ -223,29 +260,60 @@ class Cluster:
 
     def _drain(self, hurry: Callable[[], bool]) -> None:
         """Has Serve stop gateway and replicas, each of which drains first. Gives up with a Ray that is gone: what
-        sends SIGTERM to all of a service's processes takes it from under us.
+        sends SIGTERM to all of a service's processes takes it from under us. On a Ray that stays, haste waits until
+        Serve has been told: what it then stops without us must not be left running.
         """
         drains = [self._config.gateway.drain_timeout_s, *(model.drain_timeout_s for model in self._config.models)]
         deadline = time.monotonic() + max(drains) + _STOP_MARGIN_S
+        told = threading.Event()
         # Calls into Ray have no way to be given up; a thread can be left alone with them.
-        thread = threading.Thread(target=_delete_application, name="drain", daemon=True)
+        thread = threading.Thread(target=self._delete, args=(told,), name="drain", daemon=True)
         thread.start()
-        while thread.is_alive() and time.monotonic() < deadline and not hurry():
+        while thread.is_alive() and time.monotonic() < deadline:
             if self._ray and not self._ray.alive:
+                return
+            if (self._ray or told.is_set()) and hurry():
                 return
             thread.join(_POLL_S)
 
+    def _delete(self, told: threading.Event) -> None:
+        from ray import serve
+        from ray.exceptions import RayError
+        from ray.serve.exceptions import RayServeException
 
-def _delete_application() -> None:
-    from ray import serve
-    from ray.exceptions import RayError
+        from cluster.serve.startup_report import forget_startup
 
-    try:
-        serve.delete(APP_NAME, _blocking=False)
-        while APP_NAME in serve.status().applications:
+        try:
+            forget_startup(self._start_id)
+            if self._owns_serve and serve.status().applications.keys() <= {APP_NAME}:
+                _end_serve(told)
+                return
+            serve.delete(APP_NAME, _blocking=False)
+            while APP_NAME in serve.status().applications:  # its answer shows that the order before it has arrived
+                told.set()
+                time.sleep(_POLL_S)
+        except (RayError, RayServeException) as error:
+            logger.warning("the cluster could not be drained: %s", error)
+
+
+def _end_serve(told: threading.Event) -> None:
+    """Has Serve's controller end its applications and then itself, and waits until it has."""
+    import ray
+
+    with contextlib.suppress(ValueError):  # there is none (any more)
+        ray.get(_serve_controller().graceful_shutdown.remote(wait=False))
+        told.set()
+        while True:
+            _serve_controller()
             time.sleep(_POLL_S)
-    except RayError as error:
-        logger.warning("the cluster could not be drained: %s", error)
+
+
+def _serve_controller() -> ActorHandle:
+    """Raises ValueError where Serve does not run on this Ray."""
+    import ray
+    from ray.serve._private.constants import SERVE_CONTROLLER_NAME, SERVE_NAMESPACE
+
+    return ray.get_actor(SERVE_CONTROLLER_NAME, namespace=SERVE_NAMESPACE)
 
 
 def _await_serving(address: str) -> None:

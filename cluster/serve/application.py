@@ -25,7 +25,7 @@ def create_application(
     config: ClusterConfig,
     placements: Sequence[ReplicaPlacement],
     *,
-    start_id: str,
+    start_id: str | None,
     gateway_cpus: float,
     replica_host: str | None = None,
     environment: dict[str, str] | None = None,
@@ -33,7 +33,7 @@ def create_application(
     """Wires gateway and models.
 
     Args:
-        start_id: key of the start-up reports.
+        start_id: key of the start-up reports; None: nobody waits for them.
         gateway_cpus: what the gateway reserves.
         replica_host: address that replicas bind; None: their node's.
         environment: variables that the actors need and their nodes do not have.

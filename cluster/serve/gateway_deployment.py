@@ -6,6 +6,7 @@ import asyncio
 import logging
 from collections.abc import Mapping
 
+import ray
 from ray import serve
 from ray.serve.handle import DeploymentHandle
 
@@ -31,6 +32,9 @@ class GatewayDeployment:
         models: the deployment that serves each model.
     """
 
+    _gateway: Gateway | None = None
+    _directory: ReplicaDirectory | None = None  # from when it serves
+
     async def __init__(  # type: ignore[misc]
         self,
         config: GatewayConfig,
@@ -42,7 +46,6 @@ class GatewayDeployment:
         context = serve.get_replica_context()
         self._config = config
         report = StartupReport(identity.start_id, "gateway", context.replica_id.unique_id)
-        self._gateway: Gateway | None = None
         try:
             report.enter("loading tokenizers")
             served = [
@@ -57,22 +60,24 @@ class GatewayDeployment:
                 gateway_id=f"gateway-{context.replica_id.unique_id}",
             )
             port = await self._gateway.start()
+            self._directory = ReplicaDirectory(
+                {name: handle.deployment_name for name, handle in models.items()},
+                app_name=context.app_name,
+                on_change=self._gateway.set_replicas,
+            )
         except BaseException as error:
             report.fail(error)
+            if self._gateway:
+                await self._gateway.stop()
             raise
-        self._directory = ReplicaDirectory(
-            {name: handle.deployment_name for name, handle in models.items()},
-            app_name=context.app_name,
-            on_change=self._gateway.set_replicas,
-        )
-        report.finish(port=port)
+        report.finish(node_ip=ray.util.get_node_ip_address(), port=port)
 
     async def check_health(self) -> None:
         """That this runs shows that the event loop lives, and with it the gateway."""
 
     async def __del__(self) -> None:
-        # Serve calls this once, before the process ends.
-        if self._gateway is None:
+        # Serve calls this once, before the process ends, and Python where construction failed.
+        if self._gateway is None or self._directory is None:
             return
         self._directory.stop()
         if not await self._gateway.drain(self._config.drain_timeout_s):

@@ -13,13 +13,13 @@ class ClusterIdentity:
 
     Attributes:
         secret: opens replicas to gateways.
-        start_id: key of the start-up reports.
+        start_id: key of the start-up reports; None: nobody waits for them.
         logging: of all of them.
         replica_host: address that replicas bind; None: their node's.
     """
 
     secret: str
-    start_id: str
+    start_id: str | None
     logging: LoggingConfig
     replica_host: str | None = None
 

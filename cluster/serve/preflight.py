@@ -1,15 +1,17 @@
-"""What can be found wrong within milliseconds, before any process is started."""
+"""What can be found wrong before any process is started: within milliseconds, but for what the Hub has to send."""
 
 from __future__ import annotations
 
 import json
 import socket
+from collections.abc import Callable
 from pathlib import Path
 
-from cluster.checkpoint import resolve_checkpoint
+from cluster.checkpoint import is_hub_id, resolve_checkpoint
 from cluster.config import ClusterConfig
 from cluster.errors import CheckpointError, ConfigError
 from cluster.gateway.config import GatewayConfig
+from cluster.serve.addresses import join_host_port
 
 
 def check_checkpoint(path: str) -> Path:
@@ -34,8 +36,6 @@ def check_checkpoint(path: str) -> Path:
 
 def check_port(config: GatewayConfig) -> None:
     """Raises ConfigError where the gateway could not listen."""
-    if config.port == 0:
-        return
     try:
         family, kind, protocol, _, address = socket.getaddrinfo(config.host, config.port, type=socket.SOCK_STREAM)[0]
         with socket.socket(family, kind, protocol) as probe:
@@ -45,14 +45,19 @@ def check_port(config: GatewayConfig) -> None:
             probe.listen()
     except OSError as error:
         raise ConfigError(
-            f"the gateway cannot listen on {config.host}:{config.port}: {error.strerror or error}. Stop what listens "
+            f"the gateway cannot listen on {join_host_port(config.host, config.port)}: {error.strerror or error}. Stop what listens "
             "there, or choose another with --port (0 takes a free one)",
             field="gateway.port",
         ) from None
 
 
-def check_machine(config: ClusterConfig) -> None:
-    """Everything above, for a cluster that will run on this machine."""
+def check_machine(config: ClusterConfig, on_stage: Callable[[str], None]) -> None:
+    """Everything above, for a cluster that will run on this machine.
+
+    Args:
+        on_stage: told what comes next. A checkpoint of the Hub is fetched here, which may take long.
+    """
     check_port(config.gateway)
-    for model in config.models:
-        check_checkpoint(model.path)
+    for path in dict.fromkeys(model.path for model in config.models):
+        on_stage(f"downloading {path}" if is_hub_id(path) else f"checking {path}")
+        check_checkpoint(path)

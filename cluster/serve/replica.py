@@ -13,6 +13,7 @@ from cluster.engine.submission import EngineLoad
 from cluster.errors import EngineFault
 from cluster.observability.logging import configure_logging
 from cluster.observability.metrics import KV_USAGE, PREEMPTIONS, RUNNING, WAITING
+from cluster.serve.addresses import join_host_port
 from cluster.serve.config import ModelConfig
 from cluster.serve.engine_thread import Engine
 from cluster.serve.identity import ClusterIdentity
@@ -28,6 +29,8 @@ logger = logging.getLogger(__name__)
 
 class ModelReplica:
     """One engine. Serve builds, checks, replaces and stops it; gateways find its address in its metadata."""
+
+    _metrics: asyncio.Task[None] | None = None  # from when it serves
 
     async def __init__(self, model: ModelConfig, identity: ClusterIdentity) -> None:  # type: ignore[misc]
         configure_logging(identity.logging.level, identity.logging.format)
@@ -63,14 +66,16 @@ class ModelReplica:
 
     def record_replica_metadata(self) -> dict[str, str]:
         """What Serve hands to gateways when this replica is running."""
-        return {"address": f"{self._host}:{self._port}"}
+        return {"address": join_host_port(self._host, self._port)}
 
     async def check_health(self) -> None:
         """Raises EngineFault where the engine is dead or stuck. That this runs at all shows that the loop lives."""
         self._server.check()
 
     async def __del__(self) -> None:
-        # Serve calls this once, before the process ends.
+        # Serve calls this once, before the process ends, and Python where construction failed.
+        if self._metrics is None:
+            return
         self._metrics.cancel()
         if not await self._server.drain(self._model.drain_timeout_s):
             logger.warning("replica %s stops with %d sequences running", self._replica_id, self._server.load.running)

@@ -6,47 +6,31 @@ from __future__ import annotations
 
 import json
 import time
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict
 
-from ray.experimental.internal_kv import _internal_kv_del, _internal_kv_get, _internal_kv_list, _internal_kv_put
+from ray.experimental.internal_kv import (
+    _internal_kv_del,
+    _internal_kv_exists,
+    _internal_kv_get,
+    _internal_kv_list,
+    _internal_kv_put,
+)
 
-from cluster.errors import ClusterError, error_from_reason
+from cluster.errors import ClusterError
+from cluster.serve.startup_state import StartupState
 
 _NAMESPACE = b"cluster"
 
 
-@dataclass(frozen=True, kw_only=True)
-class StartupState:
-    """What one actor has told.
+class StartupReport:
+    """One actor's report. Methods may be called from any thread of it, one at a time.
 
-    Attributes:
-        actor: its title, e.g. ``"demo 3k2f"``.
-        stages: names and begin times (seconds since the epoch), in order.
-        facts: what it turned out to be; empty until it is ready.
-        ended_at: when it was ready or had failed; None before.
-        error: reason, message and field of the error that ended it; empty while there is none.
+    Written only while somebody waits for it: an actor that is built again later, or by Serve alone, leaves nothing.
     """
 
-    actor: str
-    stages: list[tuple[str, float]] = field(default_factory=list)
-    facts: dict[str, str | int] = field(default_factory=dict)
-    ended_at: float | None = None
-    error: dict[str, str] = field(default_factory=dict)
-
-    @property
-    def ready(self) -> bool:
-        return self.ended_at is not None and not self.error
-
-    def raise_error(self) -> None:
-        """Raises what ended the actor, if anything did."""
-        if self.error:
-            raise error_from_reason(self.error["reason"], self.error["message"], field=self.error["field"])
-
-
-class StartupReport:
-    """One actor's report. Methods may be called from any thread of it, one at a time."""
-
-    def __init__(self, start_id: str, actor: str, actor_id: str) -> None:
+    def __init__(self, start_id: str | None, actor: str, actor_id: str) -> None:
+        """``start_id`` None: nobody waits."""
+        self._awaited = _awaited_key(start_id) if start_id else None
         self._key = f"{start_id}/{actor_id}".encode()
         self._state = StartupState(actor=actor)
 
@@ -77,7 +61,18 @@ class StartupReport:
         )
 
     def _write(self, state: StartupState) -> None:
+        if self._awaited is None or not _internal_kv_exists(self._awaited, namespace=_NAMESPACE):
+            return
         _internal_kv_put(self._key, json.dumps(asdict(state)).encode(), overwrite=True, namespace=_NAMESPACE)
+
+
+def _awaited_key(start_id: str) -> bytes:
+    return f"{start_id}.awaited".encode()
+
+
+def await_startup(start_id: str) -> None:
+    """From now on, until ``forget_startup``, this start is reported."""
+    _internal_kv_put(_awaited_key(start_id), b"1", overwrite=True, namespace=_NAMESPACE)
 
 
 def read_startup(start_id: str) -> dict[str, StartupState]:
@@ -94,5 +89,6 @@ def read_startup(start_id: str) -> dict[str, StartupState]:
 
 
 def forget_startup(start_id: str) -> None:
-    """Deletes what was told."""
+    """Deletes what was told; no more is written."""
+    _internal_kv_del(_awaited_key(start_id), namespace=_NAMESPACE)
     _internal_kv_del(f"{start_id}/".encode(), del_by_prefix=True, namespace=_NAMESPACE)

@@ -7,9 +7,11 @@ from pathlib import Path
 
 import pytest
 
+from cluster.config import ClusterConfig
 from cluster.errors import CheckpointError, ConfigError
 from cluster.gateway.config import GatewayConfig
-from cluster.serve.preflight import check_checkpoint, check_port
+from cluster.serve.config import ModelConfig
+from cluster.serve.preflight import check_checkpoint, check_machine, check_port
 
 
 def create_directory(path: Path, **files: str) -> Path:
@@ -48,10 +50,29 @@ def test_a_taken_port_is_named_and_a_free_one_passes():
     check_port(GatewayConfig(port=port))
 
 
-def test_an_address_of_another_machine_is_refused():
-    with pytest.raises(ConfigError, match=r"203\.0\.113\.1"):
-        check_port(GatewayConfig(host="203.0.113.1", port=50051))
+@pytest.mark.parametrize("port", [50051, 0])
+def test_an_address_of_another_machine_is_refused(port: int):
+    with pytest.raises(ConfigError, match=rf"203\.0\.113\.1:{port}"):
+        check_port(GatewayConfig(host="203.0.113.1", port=port))
 
 
-def test_port_zero_needs_no_check():
-    check_port(GatewayConfig(host="203.0.113.1", port=0))
+def test_the_stages_of_a_check_are_told(tmp_path: Path):
+    directory = str(create_directory(tmp_path / "model"))
+    models = tuple(
+        ModelConfig(path=path, name=name) for path, name in ((directory, "a"), (directory, "b"), ("demo", "c"))
+    )
+    stages: list[str] = []
+    check_machine(ClusterConfig(models=models, gateway=GatewayConfig(port=0)), stages.append)
+    assert stages == [f"checking {directory}", "checking demo"]
+
+
+def test_what_the_hub_has_to_send_is_told_before_it_is_fetched():
+    class Stop(Exception):
+        pass
+
+    def stop(stage: str) -> None:
+        raise Stop(stage)
+
+    config = ClusterConfig(models=(ModelConfig(path="organisation/model"),), gateway=GatewayConfig(port=0))
+    with pytest.raises(Stop, match="^downloading organisation/model$"):
+        check_machine(config, stop)
