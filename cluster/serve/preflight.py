@@ -45,8 +45,8 @@ def check_port(config: GatewayConfig) -> None:
             probe.listen()
     except OSError as error:
         raise ConfigError(
-            f"the gateway cannot listen on {join_host_port(config.host, config.port)}: {error.strerror or error}. Stop what listens "
-            "there, or choose another with --port (0 takes a free one)",
+            f"the gateway cannot listen on {join_host_port(config.host, config.port)}: {error.strerror or error}. Stop "
+            "what listens there, or choose another with --port (0 takes a free one)",
             field="gateway.port",
         ) from None
 

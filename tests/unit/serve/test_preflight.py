@@ -74,5 +74,5 @@ def test_what_the_hub_has_to_send_is_told_before_it_is_fetched():
         raise Stop(stage)
 
     config = ClusterConfig(models=(ModelConfig(path="organisation/model"),), gateway=GatewayConfig(port=0))
-    with pytest.raises(Stop, match="^downloading organisation/model$"):
+    with pytest.raises(Stop, match=r"^downloading organisation/model$"):
         check_machine(config, stop)
