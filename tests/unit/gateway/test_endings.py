@@ -6,8 +6,8 @@ import asyncio
 
 import grpc
 import pytest
-from conftest import CONNECTING, DRAINING, READY, CreateSetup, Setup, collect, failure, request
 from fake_replica import FakeReplica, letters
+from gateway_setup import CONNECTING, DRAINING, READY, CreateSetup, Setup, collect, failure, request
 
 from cluster.v1 import inference_pb2 as pb
 from cluster.v1 import inference_pb2_grpc, replica_pb2

@@ -6,8 +6,8 @@ import asyncio
 import random
 
 import grpc
-from conftest import CreateSetup, collect, request
 from fake_replica import FakeReplica
+from gateway_setup import CreateSetup, collect, request
 
 from cluster.v1 import inference_pb2 as pb
 

@@ -6,8 +6,8 @@ import asyncio
 
 import grpc
 import pytest
-from conftest import READY, CreateSetup, collect, request
 from fake_replica import EOS, FakeReplica, letters
+from gateway_setup import READY, CreateSetup, collect, request
 
 from cluster.observability.metrics import E2E_S, GENERATED_TOKENS, ITL_S, PROMPT_TOKENS, TTFT_S
 from cluster.v1 import inference_pb2 as pb

@@ -7,8 +7,8 @@ import logging
 
 import grpc
 import pytest
-from conftest import CreateSetup, collect, failure, request
 from fake_replica import FakeReplica
+from gateway_setup import CreateSetup, collect, failure, request
 from grpc_status import rpc_status
 
 from cluster import errors

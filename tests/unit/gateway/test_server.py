@@ -11,8 +11,8 @@ from pathlib import Path
 
 import grpc
 import pytest
-from conftest import CONNECTING, READY, CreateSetup, Setup, collect, failure, request
 from fake_replica import FakeReplica
+from gateway_setup import CONNECTING, READY, CreateSetup, Setup, collect, failure, request
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 from grpc_reflection.v1alpha import reflection_pb2, reflection_pb2_grpc
 
