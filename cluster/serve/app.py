@@ -35,6 +35,7 @@ _POLL_S = 0.1
 _STATUS_POLL_S = 1.0
 _CONNECT_TIMEOUT_S = 30.0
 _STOP_MARGIN_S = 15.0
+_GIVE_UP_S = 1.0
 
 
 def build(args: dict[str, Any]) -> Application:
@@ -265,18 +266,21 @@ class Cluster:
         """
         drains = [self._config.gateway.drain_timeout_s, *(model.drain_timeout_s for model in self._config.models)]
         deadline = time.monotonic() + max(drains) + _STOP_MARGIN_S
-        told = threading.Event()
+        told, given_up = threading.Event(), threading.Event()
         # Calls into Ray have no way to be given up; a thread can be left alone with them.
-        thread = threading.Thread(target=self._delete, args=(told,), name="drain", daemon=True)
+        thread = threading.Thread(target=self._delete, args=(told, given_up), name="drain", daemon=True)
         thread.start()
         while thread.is_alive() and time.monotonic() < deadline:
             if self._ray and not self._ray.alive:
-                return
+                break
             if (self._ray or told.is_set()) and hurry():
-                return
+                break
             thread.join(_POLL_S)
+        given_up.set()
+        thread.join(_GIVE_UP_S)
 
-    def _delete(self, told: threading.Event) -> None:
+    def _delete(self, told: threading.Event, given_up: threading.Event) -> None:
+        """Once it is given up, Ray is called no more: a call after its shutdown would start it anew."""
         from ray import serve
         from ray.exceptions import RayError
         from ray.serve.exceptions import RayServeException
@@ -286,26 +290,26 @@ class Cluster:
         try:
             forget_startup(self._start_id)
             if self._owns_serve and serve.status().applications.keys() <= {APP_NAME}:
-                _end_serve(told)
+                _end_serve(told, given_up)
                 return
             serve.delete(APP_NAME, _blocking=False)
             while APP_NAME in serve.status().applications:  # its answer shows that the order before it has arrived
                 told.set()
-                time.sleep(_POLL_S)
+                if given_up.wait(_POLL_S):
+                    return
         except (RayError, RayServeException) as error:
             logger.warning("the cluster could not be drained: %s", error)
 
 
-def _end_serve(told: threading.Event) -> None:
+def _end_serve(told: threading.Event, given_up: threading.Event) -> None:
     """Has Serve's controller end its applications and then itself, and waits until it has."""
     import ray
 
     with contextlib.suppress(ValueError):  # there is none (any more)
         ray.get(_serve_controller().graceful_shutdown.remote(wait=False))
         told.set()
-        while True:
+        while not given_up.wait(_POLL_S):
             _serve_controller()
-            time.sleep(_POLL_S)
 
 
 def _serve_controller() -> ActorHandle:
