@@ -17,7 +17,7 @@ from grpc_health.v1 import health_pb2, health_pb2_grpc
 from cluster.config import ClusterConfig, parse_config
 from cluster.errors import ConfigError, EngineFault
 from cluster.serve.addresses import free_port, gateway_address
-from cluster.serve.local_ray import ACTOR_ENVIRONMENT, LOCAL_ADDRESS, LocalRay, quieten
+from cluster.serve.local_ray import ACTOR_ENVIRONMENT, LOCAL_ADDRESS, LocalRay, quieten, signals_deferred
 from cluster.serve.placement import LOCAL_GATEWAY_CPUS, Resources, place_anywhere, place_locally
 from cluster.serve.preflight import check_machine
 from cluster.serve.startup_state import StartupState
@@ -129,11 +129,12 @@ class Cluster:
 
     def _start(self) -> None:
         self._enter("starting Ray")
+        with signals_deferred():  # half an import would be in the way of what ends the start
+            import ray
         if self._ray:
             self._ray.start()
         else:
             self._join()
-        import ray
         from ray import serve
 
         from cluster.serve.application import create_application

@@ -149,6 +149,17 @@ def _environment(**variables: str) -> Iterator[None]:
 
 
 @contextlib.contextmanager
+def signals_deferred() -> Iterator[None]:
+    """Ctrl-C and SIGTERM take effect at the end."""
+    numbers = {signal.SIGINT, signal.SIGTERM}
+    signal.pthread_sigmask(signal.SIG_BLOCK, numbers)
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, numbers)
+
+
+@contextlib.contextmanager
 def _interrupt_deferred() -> Iterator[None]:
     """Ctrl-C takes effect at the end, here alone: an exception in the middle of Ray's connecting crashes the process
     later, and what is started inside ignores the Ctrl-C that a terminal sends to all, so that it can be drained.

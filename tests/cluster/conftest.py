@@ -11,6 +11,7 @@ import subprocess
 import sys
 import tempfile
 import threading
+import time
 import uuid
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
@@ -79,23 +80,23 @@ def free_port() -> int:
 class ServeProcess:
     """``cluster serve`` in a process group of its own, as a shell runs it."""
 
-    def __init__(self, *arguments: str | Path, port: int | None = None) -> None:
-        port = port or free_port()
+    def __init__(self, *arguments: str | Path, port: int | None = None, json: bool = True) -> None:
+        port = free_port() if port is None else port
         self.traces = Traces()
         self.ready: dict[str, Any] = {}
         self.self_test: dict[str, Any] = {}
         self._stderr: list[str] = []
         self._leftovers: dict[str, Any] = {}
         self._process = subprocess.Popen(
-            [Path(sys.executable).with_name("cluster"), "serve", *arguments, "--port", str(port), "--json"],
+            [Path(sys.executable).with_name("cluster"), "serve", *arguments, "--port", str(port), *["--json"][:json]],
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
             text=True,
             start_new_session=True,
             env=os.environ | {"CLUSTER_TEST_MARK": self.traces.mark, "TMPDIR": self.traces.temp_dir},
         )
-        self._ports = [port]
-        self._drainer = threading.Thread(target=lambda: self._stderr.extend(self._process.stderr))
+        self._ports = [port] if port else []
+        self._drainer = threading.Thread(target=self._collect_stderr)
         self._drainer.start()
         self._killer = threading.Timer(_START_TIMEOUT_S, self.kill)
         self._killer.start()
@@ -107,6 +108,26 @@ class ServeProcess:
     @property
     def stderr(self) -> str:
         return "".join(self._stderr)
+
+    def _collect_stderr(self) -> None:
+        for line in self._process.stderr:
+            self._stderr.append(line)
+
+    def wait_stderr(self, text: str) -> None:
+        """Returns when ``text`` has been written there."""
+        while text not in self.stderr:
+            assert self._process.poll() is None, self.stderr
+            time.sleep(0.02)
+
+    def wait_stdout(self, text: str) -> str:
+        """What has been written there up to the end of the line that contains ``text``."""
+        written = ""
+        while text not in written:
+            line = self._process.stdout.readline()
+            assert line, f"the server ended instead of serving: {self.stderr}"
+            written += line
+        self._killer.cancel()
+        return written
 
     def wait_ready(self) -> ServeProcess:
         for name in ("ready", "self_test"):
@@ -166,8 +187,8 @@ def serve() -> Iterator[Callable[..., ServeProcess]]:
     """Starts ``cluster serve`` on a free port unless told one. What still runs at the end of the module is ended."""
     started: list[ServeProcess] = []
 
-    def start(*arguments: str | Path, port: int | None = None) -> ServeProcess:
-        started.append(ServeProcess(*arguments, port=port))
+    def start(*arguments: str | Path, port: int | None = None, json: bool = True) -> ServeProcess:
+        started.append(ServeProcess(*arguments, port=port, json=json))
         return started[-1]
 
     yield start

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+import re
 import signal
 import time
 import urllib.error
@@ -138,6 +140,30 @@ def test_the_dashboard_asks_for_rays_token(cluster: ServeProcess):
     request = urllib.request.Request(url, headers={"Authorization": f"Bearer {token}"})
     with urllib.request.urlopen(request, timeout=30) as response:
         assert response.status == 200
+
+
+def test_metrics_are_exported(cluster: ServeProcess, client: Client):
+    client.generate("a", SamplingParams(max_tokens=3, ignore_eos=True), model="single")
+    (found,) = Path(cluster.traces.temp_dir).glob("llm-cluster-*/session_2*/prom_metrics_service_discovery.json")
+    wanted = [
+        r'ray_cluster_requests_running\{[^}]*model="single"[^}]*\} ',
+        r'ray_cluster_requests_running\{[^}]*model="twin"[^}]*\} ',
+        r'ray_cluster_ttft_seconds_count\{[^}]*model="single"[^}]*\} [1-9]',
+    ]
+    deadline = time.monotonic() + 60  # Ray collects every few seconds
+    while True:
+        targets = [target for group in json.loads(found.read_text()) for target in group["targets"]]
+        text = "".join(scrape(target) for target in targets)
+        missing = [pattern for pattern in wanted if not re.search(pattern, text)]
+        if not missing:
+            break
+        assert time.monotonic() < deadline, missing
+        time.sleep(0.5)
+
+
+def scrape(target: str) -> str:
+    with urllib.request.urlopen(f"http://{target}/metrics", timeout=30) as response:
+        return response.read().decode()
 
 
 def test_a_killed_replica_is_rebuilt_and_requests_go_on(cluster: ServeProcess, client: Client):
