@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 import yaml
-from conftest import ServeProcess
+from serve_process import ServeProcess
 
 from cluster import SamplingParams
 from cluster.client import Client

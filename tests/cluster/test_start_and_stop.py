@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 import yaml
-from conftest import ServeProcess
+from serve_process import ServeProcess
 
 from cluster import SamplingParams
 from cluster.cli.serve import _SELF_TEST_PROMPT
