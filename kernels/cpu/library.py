@@ -1,0 +1,94 @@
+"""The compiled C kernels, found and bound once per process.
+
+A library that was made from other sources than those beside it is rebuilt where there is a compiler, and refused where
+there is none: the torch kernels serve then.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import functools
+import logging
+import os
+from collections.abc import Callable
+
+from cluster.errors import ConfigError
+from cluster.kernels.cpu.build import LIBRARY, BuildError, build, instruction_sets, source_digest
+
+_log = logging.getLogger(__name__)
+
+_ISA_VARIABLE = "CLUSTER_CPU_ISA"
+
+
+class Library:
+    """The library with one instruction set chosen.
+
+    Attributes:
+        isa: ``avx512``, ``avxvnni``, ``avx2`` or ``portable``.
+    """
+
+    def __init__(self, handle: ctypes.CDLL, isa: str) -> None:
+        self.isa = isa
+        self._handle = handle
+        self._set_num_threads = handle.pool_set_num_threads
+        self._set_num_threads.argtypes = (ctypes.c_int32,)
+        self._set_num_threads.restype = ctypes.c_int32
+
+    def function(self, name: str, *argtypes: type) -> Callable[..., None]:
+        """The op ``name`` as compiled for ``isa``. Calls release the interpreter's lock."""
+        bound = self._handle[f"{name}_{self.isa}"]
+        bound.argtypes = argtypes
+        bound.restype = None
+        return bound
+
+    def with_isa(self, isa: str) -> Library:
+        """The same library with another instruction set.
+
+        Raises:
+            ConfigError: this machine does not have it.
+        """
+        available = self.available()
+        if isa not in available:
+            raise ConfigError(f"the instruction set {isa!r} is not one of this machine's: {', '.join(available)}")
+        return Library(self._handle, isa)
+
+    def available(self) -> tuple[str, ...]:
+        """The instruction sets that this machine runs, best first."""
+        return tuple(isa for isa in instruction_sets() if self._handle[f"has_{isa}"]())
+
+    def set_num_threads(self, num_threads: int) -> int:
+        """Sets the size of the process's pool, the caller counted; returns how many the system allows."""
+        return int(self._set_num_threads(num_threads))
+
+    def num_threads(self) -> int:
+        return int(self._handle.pool_num_threads())
+
+
+@functools.cache
+def library() -> Library | None:
+    """The library with this machine's best instruction set, or the one that CLUSTER_CPU_ISA names; None: there is none.
+
+    Raises:
+        ConfigError: CLUSTER_CPU_ISA names a set that this machine does not have.
+    """
+    handle = _opened()
+    if handle is None:
+        return None
+    best = Library(handle, "portable")
+    return best.with_isa(os.environ.get(_ISA_VARIABLE) or best.available()[0])
+
+
+def _opened() -> ctypes.CDLL | None:
+    try:
+        if not LIBRARY.is_file() or _digest_of(ctypes.CDLL(str(LIBRARY))) != source_digest():
+            build()
+        handle = ctypes.CDLL(str(LIBRARY))
+    except (BuildError, OSError) as error:
+        _log.warning("the CPU kernels are not compiled, torch serves in their place: %s", error)
+        return None
+    return handle
+
+
+def _digest_of(handle: ctypes.CDLL) -> str:
+    handle.source_digest.restype = ctypes.c_char_p
+    return str(handle.source_digest().decode())
