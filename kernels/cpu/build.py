@@ -1,6 +1,6 @@
 """Compiles the C sources into one shared library beside this file. Standard library only: the package's build runs it.
 
-The library carries a digest of the sources and flags that it was made from, so that a stale one is told from a fresh one.
+The library carries a digest of the sources and flags it was made from, so that a stale one is told from a fresh one.
 """
 
 from __future__ import annotations

@@ -1,0 +1,130 @@
+/* y[t, o] = scale[o] * sum over groups g of s[t, g] * sum over k in g of q[t, k] * w[o, k]  (+ bias[o])
+ *
+ * Weights w: int8 with one scale per output (symmetric, absmax / 127), stored plus 128 as unsigned bytes, which is what
+ * the dot product takes. Rows q, s: see quantized_rows.h. Sums within a group are exact integers; groups are added in
+ * order, in float32.
+ *
+ * Packed: [tiles][padded inputs / 4][16 outputs][4 inputs] bytes, then [tiles * 16] scales. Inputs are padded to whole
+ * groups with zeros. group: a multiple of 16.
+ */
+#include "quantized_rows.h"
+
+typedef struct {
+    quantized_rows x;
+    int64_t num_outputs;
+    const uint8_t *weight;
+    const float *weight_scale, *bias;
+    float *out;
+} product;
+
+/* Behind the weights. */
+INLINE const float *scales_of(const uint8_t *weight, int64_t num_outputs, int64_t padded_inputs) {
+    return (const float *)(weight + ceil_div(num_outputs, LANES) * LANES * padded_inputs);
+}
+
+INLINE void block(const product *p, int64_t row, int64_t tile, const int rows, const int tiles) {
+    const int64_t num_groups = p->x.num_groups, group = p->x.group, inputs = num_groups * group;
+    const uint8_t *weight = p->weight + tile * inputs * LANES;
+    const int8_t *q = p->x.q + row * inputs;
+    const float *scale = p->x.scale + row * num_groups;
+    const int32_t *q_sum = p->x.sum + row * num_groups;
+    f32x16 sum[MAX_ROWS][NUM_TILES] = {};
+    for (int64_t g = 0; g < num_groups; g++) {
+        i32x16 dot[MAX_ROWS][NUM_TILES];
+        for (int r = 0; r < rows; r++) /* what the 128 on every weight adds too much */
+            for (int n = 0; n < tiles; n++) dot[r][n] = (i32x16){} - 128 * q_sum[r * num_groups + g];
+        for (int64_t k = g * group; k < (g + 1) * group; k += 4) {
+            bytes w[NUM_TILES];
+            for (int n = 0; n < tiles; n++) {
+                i32x16 raw;
+                memcpy(&raw, weight + (n * inputs + k) * LANES, sizeof raw);
+                w[n] = bytes_unsigned(raw);
+            }
+            for (int r = 0; r < rows; r++) {
+                bytes x = bytes_signed_set1(q + r * inputs + k);
+                for (int n = 0; n < tiles; n++) dot[r][n] = i32_dot(dot[r][n], w[n], x);
+            }
+        }
+        for (int r = 0; r < rows; r++)
+            for (int n = 0; n < tiles; n++)
+                sum[r][n] = f32_fma(f32_from_i32(dot[r][n]), f32_set1(scale[r * num_groups + g]), sum[r][n]);
+    }
+    for (int n = 0; n < tiles; n++) {
+        int64_t o = (tile + n) * LANES, left = p->num_outputs - o;
+        f32x16 factor = f32_load(p->weight_scale + o);
+        f32x16 bias = p->bias == NULL ? (f32x16){} : f32_load_n(p->bias + o, (int)min_i64(LANES, left));
+        for (int r = 0; r < rows; r++)
+            store_outputs(p->out + (row + r) * p->num_outputs + o, f32_fma(sum[r][n], factor, bias), left);
+    }
+}
+
+static void strip(void *context, int64_t index, int32_t thread) {
+    const product *p = context;
+    (void)thread;
+    int64_t num_tiles = ceil_div(p->num_outputs, LANES), end = min_i64((index + 1) * NUM_TILES, num_tiles);
+    int64_t tile = index * NUM_TILES;
+    int64_t tiles = end - tile == NUM_TILES ? NUM_TILES : 1;
+    for (; tile < end; tile += tiles)
+        for (int64_t row = 0; row < p->x.num_rows; row += MAX_ROWS) {
+#define CASE(rows, tiles) block(p, row, tile, rows, tiles)
+            SWITCH_BLOCK(CASE, min_i64(MAX_ROWS, p->x.num_rows - row), tiles)
+#undef CASE
+        }
+}
+
+/* scratch: rows * groups * (group + 8) bytes. */
+void OP(linear_int8)(const float *x, int64_t num_rows, int64_t num_inputs, int64_t num_outputs, int64_t group,
+                     const uint8_t *weight, const float *bias, float *out, uint8_t *scratch) {
+    product p = {quantized_rows_in(scratch, x, num_rows, num_inputs, group), num_outputs, weight, NULL, bias, out};
+    p.weight_scale = scales_of(weight, num_outputs, p.x.num_groups * group);
+    quantize(&p.x);
+    pool_run(ceil_div(ceil_div(num_outputs, LANES), NUM_TILES), strip, &p);
+}
+
+typedef struct {
+    const float *rows;
+    int64_t num_rows, num_inputs, padded_inputs;
+    uint8_t *weight;
+    float *weight_scale;
+} packing;
+
+static void pack_tile(void *context, int64_t index, int32_t thread) {
+    const packing *p = context;
+    (void)thread;
+    uint8_t *to = p->weight + index * LANES * p->padded_inputs;
+    memset(to, 128, (size_t)(LANES * p->padded_inputs));
+    for (int64_t o = 0; o < LANES; o++) {
+        float *scale = p->weight_scale + index * LANES + o;
+        *scale = 0;
+        if (index * LANES + o >= p->num_rows) continue;
+        const float *from = p->rows + (index * LANES + o) * p->num_inputs;
+        float absmax = 0;
+        for (int64_t k = 0; k < p->num_inputs; k++) absmax = fabsf(from[k]) > absmax ? fabsf(from[k]) : absmax;
+        float inverse = absmax > 0 ? 127.0f / absmax : 0.0f;
+        *scale = absmax / 127.0f;
+        for (int64_t k = 0; k < p->num_inputs; k++)
+            to[k / 4 * 64 + o * 4 + k % 4] = (uint8_t)((int32_t)rintf(from[k] * inverse) + 128);
+    }
+}
+
+/* Packs outputs first_row .. first_row + num_rows of a matrix. first_row is a multiple of 16, and so is the end unless it
+ * is the matrix's. */
+void OP(pack_int8)(const float *rows, int64_t num_rows, int64_t num_inputs, int64_t num_outputs, int64_t group,
+                   int64_t first_row, uint8_t *weight) {
+    int64_t padded = ceil_div(num_inputs, group) * group;
+    packing p = {rows, num_rows, num_inputs, padded, weight + first_row * padded, NULL};
+    p.weight_scale = (float *)scales_of(weight, num_outputs, padded) + first_row;
+    pool_run(ceil_div(num_rows, LANES), pack_tile, &p);
+}
+
+/* Output rows[i] of the matrix, as the kernel takes it, to out[i]. */
+void OP(unpack_int8)(const int64_t *rows, int64_t num_rows, int64_t num_inputs, int64_t num_outputs, int64_t group,
+                     const uint8_t *weight, float *out) {
+    int64_t padded = ceil_div(num_inputs, group) * group;
+    const float *scale = scales_of(weight, num_outputs, padded);
+    for (int64_t i = 0; i < num_rows; i++, out += num_inputs) {
+        const uint8_t *from = weight + rows[i] / LANES * LANES * padded + rows[i] % LANES * 4;
+        for (int64_t k = 0; k < num_inputs; k++)
+            out[k] = (float)(from[k / 4 * 64 + k % 4] - 128) * scale[rows[i]];
+    }
+}
