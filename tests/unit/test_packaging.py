@@ -19,8 +19,8 @@ def wheel(tmp_path_factory) -> zipfile.ZipFile:
     """The wheel of a copy of the sources: building in place would pick up what earlier builds left in build/."""
     source, out = tmp_path_factory.mktemp("source"), tmp_path_factory.mktemp("wheel")
     for folder in ("cluster", "kernels"):
-        shutil.copytree(REPO / folder, source / folder, ignore=shutil.ignore_patterns("__pycache__"))
-    for file in ("pyproject.toml", "README.md", "LICENSE"):
+        shutil.copytree(REPO / folder, source / folder, ignore=shutil.ignore_patterns("__pycache__", "*.so"))
+    for file in ("pyproject.toml", "setup.py", "README.md", "LICENSE"):
         shutil.copy(REPO / file, source)
     pip_wheel = [sys.executable, "-m", "pip", "wheel", "--no-build-isolation", "--no-deps", "--no-index"]
     done = subprocess.run([*pip_wheel, "-w", out, source], capture_output=True, text=True, check=False)
@@ -49,6 +49,18 @@ def test_the_wheel_holds_every_module(wheel):
     assert not [name for name in wheel.namelist() if name.startswith("kernels/")], (
         "shadows another package of that name"
     )
+
+
+def test_the_wheel_holds_the_compiled_kernels_and_their_sources(wheel):
+    names = wheel.namelist()
+    assert "cluster/kernels/cpu/libcluster_cpu.so" in names
+    sources = {f"cluster/{file.relative_to(REPO)}" for file in (REPO / "kernels" / "cpu" / "src").iterdir()}
+    assert sources <= set(names), "a library is checked against its sources when it is loaded"
+
+
+def test_the_wheel_is_for_this_machine_and_every_python_3(wheel):
+    assert "-py3-none-" in wheel.filename
+    assert not wheel.filename.endswith("-any.whl")
 
 
 def test_the_wheel_holds_types_licence_and_command(wheel):
