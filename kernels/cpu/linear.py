@@ -14,6 +14,7 @@ from typing import Literal, get_args
 import torch
 from torch import Tensor
 
+from cluster.kernels.cpu import memory
 from cluster.kernels.cpu.library import Library, library
 
 WeightFormat = Literal["float32", "bfloat16", "int8", "int4"]
@@ -48,10 +49,10 @@ class PackedWeight:
     def empty(
         cls, format: WeightFormat, out_features: int, in_features: int, *, group_size: int | None = None
     ) -> PackedWeight:
-        """Uninitialised; ``pack_rows`` fills it. ``group_size`` None: ``default_group_size``."""
+        """Zeros; ``pack_rows`` fills it. ``group_size`` None: ``default_group_size``."""
         group_size = group_size or default_group_size(format, in_features)
         size = num_bytes(format, out_features, in_features, group_size=group_size)
-        return cls(format, out_features, in_features, group_size, torch.empty(size, dtype=torch.uint8))
+        return cls(format, out_features, in_features, group_size, memory.zeros(size))
 
     def pack_rows(self, first_row: int, rows_OI: Tensor) -> None:
         """Fills outputs from ``first_row`` on.
