@@ -61,6 +61,7 @@ def paged_attention(
     *,
     scale: float,
     sliding_window: int | None = None,
+    softcap: float = 0.0,
 ) -> Tensor:
     """``softmax(q k^T * scale) v`` of every sequence over its own blocks, causal; gives (T, H, D).
 
@@ -70,6 +71,7 @@ def paged_attention(
         block_tables_SB: block ids of each sequence, padded on the right with anything.
         query_lens, context_lens: per sequence; the context includes the queries.
         sliding_window: a query sees this many positions, its own included; None: all before it.
+        softcap: scores ``s`` become ``softcap * tanh(s / softcap)`` (Gemma 2); 0: they stay.
     """
     num_heads, num_kv_heads = q_THD.shape[1], kv_cache.shape[3]
     outputs, start = [], 0
@@ -79,6 +81,8 @@ def paged_attention(
         v_LHD = v_LGD.repeat_interleave(num_heads // num_kv_heads, dim=1)
         q_QHD = q_THD[start : start + query_len].float()
         scores_HQL = torch.einsum("qhd,lhd->hql", q_QHD, k_LHD) * scale
+        if softcap:
+            scores_HQL = softcap * torch.tanh(scores_HQL / softcap)
         query_Q1 = torch.arange(context_len - query_len, context_len, device=q_THD.device)[:, None]
         key_1L = torch.arange(context_len, device=q_THD.device)[None, :]
         hidden_QL = key_1L > query_Q1
@@ -88,3 +92,30 @@ def paged_attention(
         outputs.append(torch.einsum("hql,lhd->qhd", probabilities_HQL, v_LHD))
         start += query_len
     return torch.cat(outputs).to(q_THD.dtype)
+
+
+def rotary_and_cache(
+    qkv_TND: Tensor,
+    cos_TR: Tensor,
+    sin_TR: Tensor,
+    kv_cache: Tensor,
+    slot_mapping_T: Tensor,
+    num_heads: int,
+    num_kv_heads: int,
+) -> Tensor:
+    """``(x1, x2) -> (x1 cos - x2 sin, x2 cos + x1 sin)`` of query and key heads; keys and values go to the cache.
+
+    Args:
+        qkv_TND: N = H + 2G heads: queries, keys, values. A backend may change it.
+        cos_TR, sin_TR: R = D / 2 angles of each token's position.
+        kv_cache, slot_mapping_T: as in ``reshape_and_cache``.
+
+    Returns:
+        The rotated queries (T, H, D).
+    """
+    x1, x2 = qkv_TND[:, : num_heads + num_kv_heads].float().chunk(2, dim=-1)
+    cos_T1R, sin_T1R = cos_TR.float()[:, None], sin_TR.float()[:, None]
+    turned_TND = torch.cat((x1 * cos_T1R - x2 * sin_T1R, x2 * cos_T1R + x1 * sin_T1R), dim=-1).to(qkv_TND.dtype)
+    q_THD, k_TGD = turned_TND.split((num_heads, num_kv_heads), dim=1)
+    reshape_and_cache(k_TGD, qkv_TND[:, num_heads + num_kv_heads :], kv_cache, slot_mapping_T)
+    return q_THD
