@@ -28,7 +28,7 @@ _ISA_FLAGS = {
     "avx2": ("-mavx2", "-mfma", "-mf16c"),
     "portable": (),
 }
-_ONCE = ("pool.c", "library.c")  # sources that do not depend on the instruction set
+_ONCE = ("library.c", "pool.c", "program.c")  # sources that do not depend on the instruction set
 
 
 class BuildError(Exception):

@@ -11,6 +11,7 @@ import functools
 import logging
 import os
 from collections.abc import Callable
+from typing import ClassVar, Protocol
 
 from cluster.errors import ConfigError
 from cluster.kernels.cpu.build import LIBRARY, BuildError, build, instruction_sets, source_digest
@@ -18,6 +19,34 @@ from cluster.kernels.cpu.build import LIBRARY, BuildError, build, instruction_se
 _log = logging.getLogger(__name__)
 
 _ISA_VARIABLE = "CLUSTER_CPU_ISA"
+
+
+class Op:
+    """A compiled op. Calls release the interpreter's lock.
+
+    Attributes:
+        argtypes: ctypes of its arguments.
+        replay: address of its twin that takes its arguments as cells (``src/program.h``); None: it cannot be recorded.
+    """
+
+    __slots__ = ("_function", "argtypes", "replay")
+
+    recorder: ClassVar[Recorder | None] = None
+    """Told of every call while a program is recorded."""
+
+    def __init__(self, function: Callable[..., None], argtypes: tuple[type, ...], replay: int | None) -> None:
+        self._function = function
+        self.argtypes = argtypes
+        self.replay = replay
+
+    def __call__(self, *arguments: int | float | None) -> None:
+        if Op.recorder is not None:
+            Op.recorder.called(self, arguments)
+        self._function(*arguments)
+
+
+class Recorder(Protocol):
+    def called(self, op: Op, arguments: tuple[int | float | None, ...]) -> None: ...
 
 
 class Library:
@@ -33,13 +62,21 @@ class Library:
         self._set_num_threads = handle.pool_set_num_threads
         self._set_num_threads.argtypes = (ctypes.c_int32,)
         self._set_num_threads.restype = ctypes.c_int32
+        self._run_program = handle.program_run
+        self._run_program.argtypes = (ctypes.c_void_p, ctypes.c_int64, ctypes.c_void_p)
+        self._run_program.restype = None
 
-    def function(self, name: str, *argtypes: type) -> Callable[..., None]:
-        """The op ``name`` as compiled for ``isa``. Calls release the interpreter's lock."""
+    def function(self, name: str, *argtypes: type) -> Op:
+        """The op ``name`` as compiled for ``isa``."""
         bound = self._handle[f"{name}_{self.isa}"]
         bound.argtypes = argtypes
         bound.restype = None
-        return bound
+        twin = getattr(self._handle, f"{name}_replay_{self.isa}", None)
+        return Op(bound, argtypes, None if twin is None else ctypes.cast(twin, ctypes.c_void_p).value)
+
+    def run_program(self, calls: int, num_calls: int, cells: int) -> None:
+        """Runs recorded calls; the addresses are those of ``program_run`` in ``src/program.h``."""
+        self._run_program(calls, num_calls, cells)
 
     def with_isa(self, isa: str) -> Library:
         """The same library with another instruction set.

@@ -6,7 +6,6 @@ Shapes: T rows, I inputs, O outputs.
 from __future__ import annotations
 
 import ctypes
-from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cache
 from typing import Literal, get_args
@@ -15,7 +14,7 @@ import torch
 from torch import Tensor
 
 from cluster.kernels.cpu import memory
-from cluster.kernels.cpu.library import Library, library
+from cluster.kernels.cpu.library import Library, Op, library
 
 WeightFormat = Literal["float32", "bfloat16", "int8", "int4"]
 FORMATS: tuple[WeightFormat, ...] = get_args(WeightFormat)
@@ -172,9 +171,9 @@ def unpack(weight: PackedWeight) -> Tensor:
 
 @dataclass(frozen=True, slots=True)
 class _Functions:
-    linear: Callable[..., None]
-    pack: Callable[..., None]
-    unpack: Callable[..., None]
+    linear: Op
+    pack: Op
+    unpack: Op
 
 
 @cache

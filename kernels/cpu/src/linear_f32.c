@@ -5,6 +5,7 @@
  * Packed: [tiles][inputs][16 outputs].
  */
 #include "linear.h"
+#include "program.h"
 
 #define INPUTS_PER_PASS 512 /* a strip's weights of so many inputs stay in the second-level cache for all rows */
 
@@ -78,6 +79,9 @@ static void strip_bfloat16(void *context, int64_t index, int32_t thread) {
         (void)group, (void)scratch;                                                                                     \
         product p = {x, num_rows, num_inputs, num_outputs, weight, bias, out};                                         \
         pool_run(ceil_div(ceil_div(num_outputs, LANES), NUM_TILES), strip_##format, &p);                               \
+    }                                                                                                                   \
+    void OP(linear_##format##_replay)(const cell *a) {                                                                  \
+        OP(linear_##format)(a[0].p, a[1].i, a[2].i, a[3].i, a[4].i, a[5].p, a[6].p, a[7].p, a[8].p);                    \
     }
 DEFINE_LINEAR(float32)
 DEFINE_LINEAR(bfloat16)
@@ -124,6 +128,9 @@ DEFINE_PACK(bfloat16, uint16_t, 1)
             const element *from = (const element *)weight + rows[i] / LANES * LANES * num_inputs + rows[i] % LANES; \
             for (int64_t k = 0; k < num_inputs; k++) out[k] = as_float(from[k * LANES]);                            \
         }                                                                                                           \
+    }                                                                                                               \
+    void OP(unpack_##format##_replay)(const cell *a) {                                                              \
+        OP(unpack_##format)(a[0].p, a[1].i, a[2].i, a[3].i, a[4].i, a[5].p, a[6].p);                                \
     }
 DEFINE_UNPACK(float32, float, )
 DEFINE_UNPACK(bfloat16, uint16_t, f32_of_bf16)

@@ -7,6 +7,7 @@
  * low half and input 4 + i in its high one; then [16] float32 scales, [16] float32 zeros (whole numbers). Inputs are padded
  * to whole groups with the weight zero. group: a multiple of 16.
  */
+#include "program.h"
 #include "quantized_rows.h"
 
 typedef struct {
@@ -82,6 +83,10 @@ void OP(linear_int4)(const float *x, int64_t num_rows, int64_t num_inputs, int64
     product p = {quantized_rows_in(scratch, x, num_rows, num_inputs, group), num_outputs, weight, bias, out};
     quantize(&p.x);
     pool_run(ceil_div(ceil_div(num_outputs, LANES), NUM_TILES), strip, &p);
+}
+
+void OP(linear_int4_replay)(const cell *a) {
+    OP(linear_int4)(a[0].p, a[1].i, a[2].i, a[3].i, a[4].i, a[5].p, a[6].p, a[7].p, a[8].p);
 }
 
 typedef struct {
@@ -179,4 +184,8 @@ void OP(unpack_int4)(const int64_t *rows, int64_t num_rows, int64_t num_inputs, 
             out[k] = ((float)(j % 8 < 4 ? pair & 15 : pair >> 4) - scales[LANES + o]) * scales[o];
         }
     }
+}
+
+void OP(unpack_int4_replay)(const cell *a) {
+    OP(unpack_int4)(a[0].p, a[1].i, a[2].i, a[3].i, a[4].i, a[5].p, a[6].p);
 }

@@ -7,6 +7,7 @@
  * Packed: [tiles][padded inputs / 4][16 outputs][4 inputs] bytes, then [tiles * 16] scales. Inputs are padded to whole
  * groups with zeros. group: a multiple of 16.
  */
+#include "program.h"
 #include "quantized_rows.h"
 
 typedef struct {
@@ -81,6 +82,10 @@ void OP(linear_int8)(const float *x, int64_t num_rows, int64_t num_inputs, int64
     pool_run(ceil_div(ceil_div(num_outputs, LANES), NUM_TILES), strip, &p);
 }
 
+void OP(linear_int8_replay)(const cell *a) {
+    OP(linear_int8)(a[0].p, a[1].i, a[2].i, a[3].i, a[4].i, a[5].p, a[6].p, a[7].p, a[8].p);
+}
+
 typedef struct {
     const float *rows;
     int64_t num_rows, num_inputs, padded_inputs;
@@ -127,4 +132,8 @@ void OP(unpack_int8)(const int64_t *rows, int64_t num_rows, int64_t num_inputs, 
         for (int64_t k = 0; k < num_inputs; k++)
             out[k] = (float)(from[k / 4 * 64 + k % 4] - 128) * scale[rows[i]];
     }
+}
+
+void OP(unpack_int8_replay)(const cell *a) {
+    OP(unpack_int8)(a[0].p, a[1].i, a[2].i, a[3].i, a[4].i, a[5].p, a[6].p);
 }
