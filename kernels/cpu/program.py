@@ -1,8 +1,8 @@
 """A step recorded once and run again by one call.
 
 A small model's decode step is a few hundred short ops: preparing each of them in Python costs as much as running it. So
-the calls of one step are written down with the addresses they read and write, and run again from C, as a CUDA graph would
-be. What changes from step to step (tokens, positions, block tables) changes in place, in the arrays that were read.
+the calls of one step are written down with the addresses they read and write, and run again from C, as a CUDA graph is.
+What changes from step to step (tokens, positions, block tables) changes in place, in the arrays that were read.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ import ctypes
 import math
 import threading
 import weakref
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, Generic, TypeVar
 
 import numpy as np
@@ -104,20 +104,22 @@ class _Recording(TorchDispatchMode):
         self.calls.append((op, arguments))
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        dtype = (kwargs or {}).get("dtype")
         if func is torch.ops.aten.empty.memory_format:
-            return self._empty(args[0], (kwargs or {}).get("dtype") or torch.get_default_dtype())
+            return self._empty(args[0], dtype or torch.get_default_dtype())
+        if func is torch.ops.aten.empty_like.default:
+            return self._empty(args[0].shape, dtype or args[0].dtype)
         if not func.is_view:
             raise NotRecordable(f"{func} computes with torch itself")
         return func(*args, **(kwargs or {}))
 
-    def _empty(self, shape: list[int], dtype: torch.dtype) -> Tensor:
+    def _empty(self, shape: Sequence[int], dtype: torch.dtype) -> Tensor:
         size = max(1, math.prod(shape)) * dtype.itemsize
         span = -(-size // _ALIGNMENT) * _ALIGNMENT
-        for index, (start, stop) in enumerate(self._free):
-            if stop - start >= span:
-                break
-        else:
+        index = next((i for i, (start, stop) in enumerate(self._free) if stop - start >= span), None)
+        if index is None:
             raise NotRecordable(f"the arena of {self._arena.memory.nbytes} bytes is full")
+        start, stop = self._free[index]
         self._free[index : index + 1] = [(start + span, stop)] if stop - start > span else []
         part = self._arena.memory[start : start + size]
         # The storage holds the array: when the last view of it is gone, later results may lie there.
@@ -135,9 +137,7 @@ class _Recording(TorchDispatchMode):
         self._free = merged
 
 
-def _cell(argtype: type, value: int | float | None) -> bytes:
-    return (
-        bytes(ctypes.c_double(value or 0.0))
-        if argtype in (ctypes.c_float, ctypes.c_double)
-        else bytes(ctypes.c_int64(int(value or 0)))
-    )
+def _cell(argtype: type, value: float | None) -> bytes:
+    if argtype in (ctypes.c_float, ctypes.c_double):
+        return bytes(ctypes.c_double(value or 0.0))
+    return bytes(ctypes.c_int64(int(value or 0)))

@@ -61,7 +61,7 @@ def test_programs_share_an_arena():
 
 def test_a_step_that_computes_with_torch_is_refused():
     _, step = create_step()
-    with pytest.raises(NotRecordable, match="aten.add"):
+    with pytest.raises(NotRecordable, match=r"aten\.add"):
         record(LIBRARY, Arena(2**20), lambda: step() + 1)
     assert Op.recorder is None
 
