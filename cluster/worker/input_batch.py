@@ -9,7 +9,9 @@ Shapes: T tokens of a step, S its sequences, B blocks of the longest table.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
+from operator import attrgetter
+from typing import Any
 
 import numpy as np
 
@@ -17,23 +19,29 @@ from cluster.core.request import SamplingParams
 from cluster.core.step import NewSequence, ScheduledSequence, StepInput
 from cluster.errors import EngineFault
 
+_LENGTHS = attrgetter("num_new_tokens", "num_computed_tokens")
+
 
 @dataclass(kw_only=True, slots=True)
 class SequenceState:
-    """One sequence. ``row`` is its place in the tables; both lists of ids are also there, prompt first."""
+    """One sequence; a ``sampler.SamplingRow``.
+
+    Attributes:
+        row: its place in the tables.
+        token_ids: its row of the token table, prompt first; ``num_tokens`` of them are known.
+        packed: what a sampler has made of the parameters above; its own.
+    """
 
     sequence_id: int
     row: int
     sampling: SamplingParams
     candidate_index: int
     stop_token_ids: tuple[int, ...]
-    prompt_token_ids: list[int]
-    output_token_ids: list[int]
-    num_blocks: int = field(default=0)
-
-    @property
-    def num_tokens(self) -> int:
-        return len(self.prompt_token_ids) + len(self.output_token_ids)
+    token_ids: np.ndarray
+    num_prompt_tokens: int
+    num_tokens: int
+    num_blocks: int = 0
+    packed: Any = None
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -95,15 +103,17 @@ class InputBatch:
         if not self._free_rows:
             raise EngineFault(f"more than {len(self._tokens)} sequences are live")
         row = self._free_rows.pop()
-        self._tokens[row, : len(new.token_ids)] = new.token_ids
+        token_ids = self._tokens[row]
+        token_ids[: len(new.token_ids)] = new.token_ids
         self._sequences[new.sequence_id] = SequenceState(
             sequence_id=new.sequence_id,
             row=row,
             sampling=new.sampling,
             candidate_index=new.candidate_index,
-            stop_token_ids=new.stop_token_ids,
-            prompt_token_ids=list(new.token_ids[: new.num_prompt_tokens]),
-            output_token_ids=list(new.token_ids[new.num_prompt_tokens :]),
+            stop_token_ids=tuple(dict.fromkeys(new.stop_token_ids)),
+            token_ids=token_ids,
+            num_prompt_tokens=new.num_prompt_tokens,
+            num_tokens=len(new.token_ids),
         )
 
     def _state(self, sequence_id: int) -> SequenceState:
@@ -118,7 +128,7 @@ class InputBatch:
         Raises:
             EngineFault: tokens are asked for that are not known yet, or that have no block.
         """
-        ordered = sorted(scheduled, key=lambda s: (s.num_new_tokens, s.num_computed_tokens))
+        ordered = sorted(scheduled, key=_LENGTHS)
         states = [self._state(s.sequence_id) for s in ordered]
         query_lens = [s.num_new_tokens for s in ordered]
         context_lens = [s.num_computed_tokens + s.num_new_tokens for s in ordered]
@@ -148,5 +158,5 @@ class InputBatch:
 
     def append(self, state: SequenceState, token_id: int) -> None:
         """Adds a sampled token, which the next step may compute."""
-        self._tokens[state.row, state.num_tokens] = token_id
-        state.output_token_ids.append(token_id)
+        state.token_ids[state.num_tokens] = token_id
+        state.num_tokens += 1

@@ -9,10 +9,12 @@ import torch
 from torch import Tensor
 
 from cluster.core.step import StepInput, StepOutput
+from cluster.kernels.cpu.library import library as cpu_library
 from cluster.layers.attention import AttentionMetadata
 from cluster.models.registry import Model
+from cluster.worker.cpu_sampler import CpuSampler
 from cluster.worker.input_batch import InputBatch, StepArrays
-from cluster.worker.sampler import SamplingRow, sample
+from cluster.worker.sampler import sample
 
 _NOT_FINITE = (
     "the model's logits are not finite: its weights are damaged, or activations overflowed (worker.dtype float32 or "
@@ -37,6 +39,8 @@ class ModelRunner:
         self._block_size = kv_caches[0].shape[2]
         self._dtype = dtype
         self._device = device
+        library = cpu_library() if device.type == "cpu" else None
+        self._sample = sample if library is None else CpuSampler(library).sample
 
     @torch.inference_mode()
     def execute(self, step: StepInput) -> StepOutput:
@@ -56,20 +60,7 @@ class ModelRunner:
         if len(rows) < len(hidden_TD):
             hidden_TD = hidden_TD[torch.tensor(arrays.sampling_indices, device=self._device)]
         logits_RV = self._model.compute_logits(hidden_TD)
-        tokens = sample(
-            logits_RV,
-            [
-                SamplingRow(
-                    sampling=state.sampling,
-                    candidate_index=state.candidate_index,
-                    position=state.num_tokens,
-                    prompt_token_ids=state.prompt_token_ids,
-                    output_token_ids=state.output_token_ids,
-                    stop_token_ids=state.stop_token_ids,
-                )
-                for state in rows
-            ],
-        )
+        tokens = self._sample(logits_RV, rows)
         output = StepOutput(step_id=step.step_id, sampled={})
         for state, token in zip(rows, tokens, strict=True):
             if token is None:

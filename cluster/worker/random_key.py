@@ -18,7 +18,7 @@ _GOLDEN_GAMMA = 0x9E3779B97F4A7C15
 _MIX_1 = 0xBF58476D1CE4E5B9
 _MIX_2 = 0x94D049BB133111EB
 _MASK_64 = 2**64 - 1
-_LARGEST_BELOW_ONE = 1.0 - 2.0**-24
+_LARGEST_BELOW_ONE = 1.0 - 2.0**-53
 
 
 def random_key(seed: int, candidate_index: int, position: int) -> int:
@@ -45,13 +45,14 @@ def random_bits(keys: Sequence[int], vocab_size: int, device: torch.device) -> t
 def gumbel_noise(keys: Sequence[int], vocab_size: int, device: torch.device) -> torch.Tensor:
     """noise_RV float32, finite, independent standard Gumbel variables, one per key and token id.
 
-    The uniform ``u = bits / 2**63`` keeps float32's relative precision down to 2**-63 because the small end is the one
-    that decides for rare tokens: ``-log(-log1p(-u))`` reaches 43, where a 24-bit uniform would stop at 17 and never
-    draw a token of probability below about 1e-8.
+    The uniform ``u = bits / 2**63`` keeps its relative precision down to 2**-63 because the small end is the one that
+    decides for rare tokens: ``-log(-log1p(-u))`` reaches 43, where a 24-bit uniform would stop at 17 and never draw a
+    token of probability below about 1e-8. It is computed in double precision and rounded, so that implementations of
+    the logarithm that differ in their last bit give the same noise.
     """
-    uniform_RV = (_shift_right(random_bits(keys, vocab_size, device), 1) | 1).to(torch.float32)
+    uniform_RV = (_shift_right(random_bits(keys, vocab_size, device), 1) | 1).to(torch.float64)
     uniform_RV.mul_(2.0**-63).clamp_(max=_LARGEST_BELOW_ONE)
-    return uniform_RV.neg_().log1p_().neg_().log_().neg_()
+    return uniform_RV.neg_().log1p_().neg_().log_().neg_().to(torch.float32)
 
 
 def _mix(state: int) -> int:

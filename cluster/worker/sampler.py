@@ -1,7 +1,9 @@
 """Draws one token per row of logits.
 
 A row's result depends on its own logits, parameters and key alone, bit by bit: every sum over the vocabulary is taken
-over fixed-point weights, because integer sums come out the same in any order, batch and thread count.
+over fixed-point weights, because integer sums come out the same in any order, batch and thread count. Whatever decides
+between tokens is made of single IEEE operations, so every implementation agrees to the last bit: this one, in torch, is
+the truth; on CPUs ``kernels/cpu/src/sample.c`` takes its place.
 
 A token is drawn by the Gumbel-max trick (argmax of log probability plus noise, which needs no normalisation) rather
 than by inverting the cumulative distribution: when logits differ by rounding (another batch size, device or shard
@@ -15,10 +17,10 @@ tokens.
 from __future__ import annotations
 
 import math
-from collections import Counter
 from collections.abc import Sequence
-from dataclasses import dataclass
+from typing import Protocol
 
+import numpy as np
 import torch
 
 from cluster.core.request import SamplingParams
@@ -27,35 +29,42 @@ from cluster.errors import EngineFault
 from cluster.worker.random_key import gumbel_noise, random_key
 
 # Below this a draw is greedy: scores divided by it differ by thousands between all but tied tokens.
-_MIN_TEMPERATURE = 1e-5
+MIN_TEMPERATURE = 1e-5
 # Adjusted scores stay within these bounds, so that no later difference or quotient overflows float32.
 _MAX_SCORE = 1e30
 # Weights are relative to the row's likeliest token; 2**18 tokens of weight 2**40 still fit an int64.
-_WEIGHT_SCALE = 2.0**40
+_WEIGHT_BITS = 40
+_WEIGHT_SCALE = 2.0**_WEIGHT_BITS
+# On a CPU, rows at a time: the many passes over them stay in the cache.
+_CPU_ROWS = 8
 # The nucleus is looked for among this many of the likeliest tokens, then eight times as many, and so on: most are
 # small, and sorting a whole vocabulary costs more than the rest of the sampler.
 _NUCLEUS_WIDTH = 64
 
 
-@dataclass(frozen=True, kw_only=True, slots=True)
-class SamplingRow:
+class SamplingRow(Protocol):
     """What a row of logits is to become.
 
     Attributes:
         sampling: as asked, with its seed set.
-        candidate_index: part of the random key.
-        position: index of the token being drawn in the whole sequence, prompt included; part of the random key.
-        prompt_token_ids: for the repetition penalty.
-        output_token_ids: generated so far, for the penalties and ``min_tokens``.
-        stop_token_ids: not drawn before ``min_tokens``.
+        candidate_index: part of the random key, as ``num_tokens``.
+        token_ids: int64; begins with the prompt and what was generated so far, for the penalties.
+        num_prompt_tokens, num_tokens: of the prompt, and of both: the position of the token being drawn.
+        stop_token_ids: not drawn before ``min_tokens``. No duplicates.
     """
 
-    sampling: SamplingParams
-    candidate_index: int
-    position: int
-    prompt_token_ids: Sequence[int]
-    output_token_ids: Sequence[int]
-    stop_token_ids: Sequence[int]
+    @property
+    def sampling(self) -> SamplingParams: ...
+    @property
+    def candidate_index(self) -> int: ...
+    @property
+    def token_ids(self) -> np.ndarray: ...
+    @property
+    def num_prompt_tokens(self) -> int: ...
+    @property
+    def num_tokens(self) -> int: ...
+    @property
+    def stop_token_ids(self) -> Sequence[int]: ...
 
 
 def sample(logits_SV: torch.Tensor, rows: Sequence[SamplingRow]) -> list[SampledToken | None]:
@@ -74,6 +83,9 @@ def sample(logits_SV: torch.Tensor, rows: Sequence[SamplingRow]) -> list[Sampled
     """
     if not rows:
         return []
+    if len(rows) > _CPU_ROWS and logits_SV.device.type == "cpu":
+        starts = range(0, len(rows), _CPU_ROWS)
+        return [token for i in starts for token in sample(logits_SV[i : i + _CPU_ROWS], rows[i : i + _CPU_ROWS])]
     # A maximum carries NaN along, and is infinite after an overflow or where no token has a finite logit.
     finite_S = logits_SV.amax(dim=-1).isfinite()
     if bool(finite_S.all()):
@@ -85,7 +97,7 @@ def sample(logits_SV: torch.Tensor, rows: Sequence[SamplingRow]) -> list[Sampled
 
 def _sample_finite(logits_SV: torch.Tensor, rows: Sequence[SamplingRow]) -> list[SampledToken]:
     scores_SV = _adjusted(logits_SV, rows)
-    drawn = [i for i, row in enumerate(rows) if row.sampling.temperature >= _MIN_TEMPERATURE]
+    drawn = [i for i, row in enumerate(rows) if row.sampling.temperature >= MIN_TEMPERATURE]
     if len(drawn) < len(rows):
         tokens_S = scores_SV.argmax(dim=-1)
         if drawn:
@@ -119,27 +131,29 @@ def _needs_adjusting(row: SamplingRow) -> bool:
         or sampling.presence_penalty != 0.0
         or sampling.frequency_penalty != 0.0
         or bool(sampling.logit_bias)
-        or len(row.output_token_ids) < sampling.min_tokens
+        or row.num_tokens - row.num_prompt_tokens < sampling.min_tokens
     )
 
 
 def _adjust(scores_V: torch.Tensor, row: SamplingRow) -> None:
     """In place. Each index list is free of duplicates, which keeps the writes deterministic on every device."""
     sampling, device = row.sampling, scores_V.device
+    output_token_ids = row.token_ids[row.num_prompt_tokens : row.num_tokens]
     if sampling.repetition_penalty != 1.0:
-        seen = torch.tensor(list({*row.prompt_token_ids, *row.output_token_ids}), dtype=torch.int64, device=device)
+        seen = torch.from_numpy(np.unique(row.token_ids[: row.num_tokens])).to(device)
         score = scores_V[seen]
-        penalty = sampling.repetition_penalty
+        # A tensor: by a number some devices divide with its reciprocal.
+        penalty = torch.tensor(sampling.repetition_penalty, dtype=torch.float32, device=device)
         scores_V[seen] = torch.where(score > 0, score / penalty, score * penalty)
-    if row.output_token_ids and (sampling.presence_penalty != 0.0 or sampling.frequency_penalty != 0.0):
-        counts = Counter(row.output_token_ids)
-        penalties = [sampling.presence_penalty + sampling.frequency_penalty * count for count in counts.values()]
-        scores_V[list(counts)] -= torch.tensor(penalties, dtype=torch.float32, device=device)
+    if len(output_token_ids) and (sampling.presence_penalty != 0.0 or sampling.frequency_penalty != 0.0):
+        ids, counts = np.unique(output_token_ids, return_counts=True)
+        penalties = sampling.presence_penalty + sampling.frequency_penalty * counts
+        scores_V[torch.from_numpy(ids).to(device)] -= torch.tensor(penalties, dtype=torch.float32, device=device)
     if sampling.logit_bias:
         biases = list(sampling.logit_bias.values())
         scores_V[list(sampling.logit_bias)] += torch.tensor(biases, dtype=torch.float32, device=device)
     scores_V.clamp_(-_MAX_SCORE, _MAX_SCORE)
-    if row.stop_token_ids and len(row.output_token_ids) < sampling.min_tokens:
+    if row.stop_token_ids and len(output_token_ids) < sampling.min_tokens:
         scores_V[list(row.stop_token_ids)] = -_MAX_SCORE
 
 
@@ -157,9 +171,14 @@ def _draw(scores_RV: torch.Tensor, rows: Sequence[SamplingRow]) -> torch.Tensor:
 
 
 def _key(row: SamplingRow) -> int:
+    return random_key(seed_of(row), row.candidate_index, row.num_tokens)
+
+
+def seed_of(row: SamplingRow) -> int:
+    """Raises EngineFault where a row that is drawn at random has none."""
     if row.sampling.seed is None:
         raise EngineFault("a sequence that is drawn at random reached the sampler without a seed")
-    return random_key(row.sampling.seed, row.candidate_index, row.position)
+    return row.sampling.seed
 
 
 def _keep_top_k(scores_RV: torch.Tensor, top_k: Sequence[int]) -> None:
@@ -183,13 +202,13 @@ def _keep_top_p(scores_RV: torch.Tensor, top_p: Sequence[float]) -> None:
     if not active:
         return
     kept_RV = scores_RV[active]
-    total_R1 = _weights(kept_RV).sum(dim=-1, keepdim=True)
+    total_R1 = weights(kept_RV).sum(dim=-1, keepdim=True)
     wanted_R1 = _column([top_p[i] for i in active], scores_RV.device, torch.float64) * total_R1
     width = 0
     while True:
         width = min(width * 8 or _NUCLEUS_WIDTH, kept_RV.shape[-1])
         ranked_RK = kept_RV.topk(width, dim=-1).values
-        weights_RK = _weights(ranked_RK)
+        weights_RK = weights(ranked_RK)
         mass_RK = weights_RK.cumsum(dim=-1)
         if width == kept_RV.shape[-1] or bool((mass_RK[:, -1:] >= wanted_R1).all()):
             break
@@ -210,9 +229,21 @@ def _at_least(scores_RV: torch.Tensor, threshold_R1: torch.Tensor) -> torch.Tens
     return scores_RV.masked_fill(scores_RV < threshold_R1, -math.inf)
 
 
-def _weights(scores_RV: torch.Tensor) -> torch.Tensor:
-    """int64 fixed-point probabilities relative to the row's likeliest token, whose score is 0."""
-    return scores_RV.exp().mul_(_WEIGHT_SCALE).to(torch.int64)
+def weights(scores: torch.Tensor) -> torch.Tensor:
+    """int64 fixed-point probabilities relative to the row's likeliest token, whose score is 0: ``2**40 * exp(score)``.
+
+    exp(x) = 2**n * exp(r) with x = n ln 2 + r and exp(r) by its Taylor series to r**7, in this very order of
+    operations, because a last bit can decide which token is the last of a nucleus.
+    """
+    x = scores.clamp(min=-28.0)  # nothing is left of a smaller score's weight
+    n = x * 1.44269504 + 12582912.0 - 12582912.0  # to the nearest integer: 1.5 * 2**23 leaves no room for a fraction
+    r = (x - n * 0.693359375) + n * 2.12194440e-4
+    p = r * 1.98412698e-4 + 1.38888889e-3
+    for coefficient in (8.33333333e-3, 4.16666667e-2, 1.66666667e-1, 0.5):
+        p = p * r + coefficient
+    p = (p * (r * r) + r) + 1.0
+    power = (n.to(torch.int32) + (127 + _WEIGHT_BITS) << 23).view(torch.float32)
+    return (p * power).to(torch.int64)
 
 
 def _column(values: Sequence[float], device: torch.device, dtype: torch.dtype = torch.float32) -> torch.Tensor:
@@ -222,7 +253,7 @@ def _column(values: Sequence[float], device: torch.device, dtype: torch.dtype = 
 def _with_logprobs(logits_LV: torch.Tensor, tokens_L: torch.Tensor, counts: Sequence[int]) -> list[SampledToken]:
     """The tokens with their log probabilities and those of each row's ``counts`` likeliest tokens, likeliest first."""
     peak_L1 = logits_LV.amax(dim=-1, keepdim=True)
-    total_L1 = _weights(logits_LV - peak_L1).sum(dim=-1, keepdim=True)
+    total_L1 = weights(logits_LV - peak_L1).sum(dim=-1, keepdim=True)
     log_total_L1 = total_L1.to(torch.float64).div_(_WEIGHT_SCALE).log_().to(torch.float32)
     width = min(max(counts), logits_LV.shape[-1])
     # One gather for the chosen and the likeliest tokens means one copy off the device.

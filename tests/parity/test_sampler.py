@@ -1,4 +1,5 @@
-"""The sampler against an independent float64 reference, against exact distributions, and alone against in a batch."""
+"""The samplers, in torch and in C with every instruction set: against an independent float64 reference, against exact
+distributions, and alone against in a batch."""
 
 from __future__ import annotations
 
@@ -13,9 +14,27 @@ import torch
 from cluster.core.request import SamplingParams
 from cluster.core.step import SampledToken
 from cluster.errors import EngineFault
-from cluster.worker.sampler import SamplingRow, sample
+from cluster.kernels.cpu.library import library
+from cluster.worker.cpu_sampler import CpuSampler
+from cluster.worker.input_batch import SequenceState
+from cluster.worker.sampler import sample
 
 VOCAB = 37  # odd, so that no vector width divides it
+LIBRARY = library()
+SAMPLERS = {"torch": sample} | {
+    isa: CpuSampler(LIBRARY.with_isa(isa)).sample for isa in (LIBRARY.available() if LIBRARY else ())
+}
+
+
+@pytest.fixture(params=SAMPLERS, autouse=True)
+def backend(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
+    """Every test runs with each sampler: it takes the name's place in this module."""
+    monkeypatch.setitem(globals(), "sample", SAMPLERS[request.param])
+    return request.param
+
+
+# Prompts that repeat their first token as often as the position asks for; the penalties do not see how often.
+REPEATED = {prompt: np.array([prompt[0]] * 13_000 + list(prompt)) for prompt in [(1, 2, 3), (1,)]}
 
 
 def create_row(
@@ -26,14 +45,18 @@ def create_row(
     output: tuple[int, ...] = (),
     stop: tuple[int, ...] = (0,),
     **sampling: object,
-) -> SamplingRow:
-    return SamplingRow(
+) -> SequenceState:
+    num_prompt_tokens = len(prompt) + position
+    token_ids = REPEATED[prompt][len(REPEATED[prompt]) - num_prompt_tokens :]
+    return SequenceState(
+        sequence_id=0,
+        row=0,
         sampling=SamplingParams(**{"seed": 11, **sampling}),
         candidate_index=candidate_index,
-        position=position,
-        prompt_token_ids=prompt,
-        output_token_ids=output,
         stop_token_ids=stop,
+        token_ids=np.concatenate([token_ids, output]).astype(np.int64) if output else token_ids,
+        num_prompt_tokens=num_prompt_tokens,
+        num_tokens=num_prompt_tokens + len(output),
     )
 
 
@@ -41,22 +64,23 @@ def create_logits(rows: int, *, vocab: int = VOCAB, seed: int = 0) -> torch.Tens
     return torch.randn(rows, vocab, generator=torch.Generator().manual_seed(seed)) * 2.0
 
 
-def reference_scores(logits_V: np.ndarray, row: SamplingRow) -> np.ndarray:
+def reference_scores(logits_V: np.ndarray, row: SequenceState) -> np.ndarray:
     """Penalties, bias and the minimum length, token by token."""
-    sampling = row.sampling
+    sampling, token_ids = row.sampling, row.token_ids[: row.num_tokens].tolist()
+    output = token_ids[row.num_prompt_tokens :]
     scores = logits_V.astype(np.float64).copy()
     for token in range(len(scores)):
-        if token in row.prompt_token_ids or token in row.output_token_ids:
+        if token in token_ids:
             scores[token] *= 1 / sampling.repetition_penalty if scores[token] > 0 else sampling.repetition_penalty
-        count = list(row.output_token_ids).count(token)
+        count = output.count(token)
         scores[token] -= sampling.frequency_penalty * count + (sampling.presence_penalty if count else 0.0)
         scores[token] += sampling.logit_bias.get(token, 0.0)
-        if token in row.stop_token_ids and len(row.output_token_ids) < sampling.min_tokens:
+        if token in row.stop_token_ids and len(output) < sampling.min_tokens:
             scores[token] = -np.inf
     return scores
 
 
-def reference_distribution(logits_V: np.ndarray, row: SamplingRow) -> np.ndarray:
+def reference_distribution(logits_V: np.ndarray, row: SequenceState) -> np.ndarray:
     sampling = row.sampling
     scores = reference_scores(logits_V, row) / sampling.temperature
     probs = np.exp(scores - scores.max())
