@@ -37,7 +37,10 @@ class ScheduledSequence:
     """A sequence's share of one step: compute ``num_new_tokens`` tokens after the first ``num_computed_tokens``.
 
     Attributes:
-        new_block_ids: KV blocks appended to its block table by this step. A NewSequence starts from an empty table.
+        num_computed_tokens: above 0 in a NewSequence's first share where the prefix cache, a sibling or host memory
+            holds the KV of its first tokens.
+        new_block_ids: KV blocks appended to its block table by this step. A NewSequence starts from an empty table, so
+            its first share brings the whole of it.
         samples: whether the last computed position yields a token (false inside a chunked prompt).
     """
 
@@ -49,13 +52,41 @@ class ScheduledSequence:
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
+class ParkedBlocks:
+    """KV blocks of one sequence on their way to host memory, or back into the pool.
+
+    Attributes:
+        block_ids: in the order of the sequence's tokens.
+        first_index: place in the sequence's block table of the first of them.
+    """
+
+    sequence_id: int
+    block_ids: tuple[int, ...]
+    first_index: int = 0
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
 class StepInput:
-    """Work for one forward pass. ``dropped`` names sequences whose state the worker forgets *before* this step."""
+    """Work for one forward pass.
+
+    A worker goes through it in the order ``dropped``, ``parked``, ``resumed``, ``copies``, ``new``, ``scheduled``: each
+    reads what those before it, and earlier steps, have left in the pool.
+
+    Attributes:
+        dropped: sequences whose state the worker forgets, what it has parked of them included.
+        parked: blocks to keep in host memory, under the sequence's id, until they are resumed or dropped. Their
+            sequence is dropped in the same step: it comes back as a NewSequence.
+        resumed: parked blocks to write to the pool; all that is parked of the sequence is released by it.
+        copies: (source, destination) pairs of whole blocks within the pool, in order.
+    """
 
     step_id: int
     new: tuple[NewSequence, ...]
     scheduled: tuple[ScheduledSequence, ...]
     dropped: tuple[int, ...]
+    parked: tuple[ParkedBlocks, ...] = ()
+    resumed: tuple[ParkedBlocks, ...] = ()
+    copies: tuple[tuple[int, int], ...] = ()
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -75,8 +106,10 @@ class StepOutput:
         sampled: one token per sequence that sampled.
         failed: sequences that should have sampled and could not, and why; the others are not touched by it. What was
             planned ahead for such a sequence fails too.
+        parking_s: seconds that the step's ``parked`` and ``resumed`` blocks took.
     """
 
     step_id: int
     sampled: dict[int, SampledToken]
     failed: dict[int, str] = field(default_factory=dict)
+    parking_s: float = 0.0
