@@ -25,7 +25,7 @@ class CpuSampler:
         if not rows:
             return []
         packed = [row.packed or _pack(row) for row in rows]
-        result = self._kernel(logits_SV, packed, [row.num_tokens for row in rows])
+        result = self._kernel(logits_SV.contiguous(), packed, [row.num_tokens for row in rows])
         if not result.logprobs:
             return [None if token_id < 0 else SampledToken(token_id=token_id) for token_id in result.token_ids]
         return [

@@ -13,6 +13,7 @@ from cluster.kernels.cpu.library import library as cpu_library
 from cluster.layers.attention import AttentionMetadata
 from cluster.models.registry import Model
 from cluster.worker.cpu_sampler import CpuSampler
+from cluster.worker.host_blocks import HostBlocks
 from cluster.worker.input_batch import InputBatch, StepArrays
 from cluster.worker.sampler import sample
 
@@ -35,6 +36,7 @@ class ModelRunner:
         """
         self._model = model
         self._batch = batch
+        self._host_blocks = HostBlocks(kv_caches)
         self._kv_caches = kv_caches
         self._block_size = kv_caches[0].shape[2]
         self._dtype = dtype
@@ -49,19 +51,19 @@ class ModelRunner:
         Raises:
             EngineFault: the step contradicts those before it.
         """
+        output = StepOutput(step_id=step.step_id, sampled={}, parking_s=self._host_blocks.move(step))
         self._batch.apply(step)
         if not step.scheduled:
-            return StepOutput(step_id=step.step_id, sampled={})
+            return output
         arrays = self._batch.arrays(step.scheduled)
         hidden_TD = self._forward(arrays)
         rows = arrays.sampling_rows
         if not rows:
-            return StepOutput(step_id=step.step_id, sampled={})
+            return output
         if len(rows) < len(hidden_TD):
             hidden_TD = hidden_TD[torch.tensor(arrays.sampling_indices, device=self._device)]
         logits_RV = self._model.compute_logits(hidden_TD)
         tokens = self._sample(logits_RV, rows)
-        output = StepOutput(step_id=step.step_id, sampled={})
         for state, token in zip(rows, tokens, strict=True):
             if token is None:
                 output.failed[state.sequence_id] = _NOT_FINITE
