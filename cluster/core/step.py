@@ -107,9 +107,13 @@ class StepOutput:
         failed: sequences that should have sampled and could not, and why; the others are not touched by it. What was
             planned ahead for such a sequence fails too.
         parking_s: seconds that the step's ``parked`` and ``resumed`` blocks took.
+        forward_s, sampling_s: seconds of the host that the model took, output head included, and drawing the tokens. A
+            device that runs behind the host may work on during the latter.
     """
 
     step_id: int
     sampled: dict[int, SampledToken]
     failed: dict[int, str] = field(default_factory=dict)
     parking_s: float = 0.0
+    forward_s: float = 0.0
+    sampling_s: float = 0.0

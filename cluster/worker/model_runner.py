@@ -5,6 +5,8 @@ Shapes: T tokens of a step, S its sequences, R rows that sample, D hidden size, 
 
 from __future__ import annotations
 
+import time
+
 import torch
 from torch import Tensor
 
@@ -51,19 +53,30 @@ class ModelRunner:
         Raises:
             EngineFault: the step contradicts those before it.
         """
-        output = StepOutput(step_id=step.step_id, sampled={}, parking_s=self._host_blocks.move(step))
+        parking_s = self._host_blocks.move(step)
         self._batch.apply(step)
         if not step.scheduled:
-            return output
+            return StepOutput(step_id=step.step_id, sampled={}, parking_s=parking_s)
         arrays = self._batch.arrays(step.scheduled)
+        began = time.perf_counter()
         hidden_TD = self._forward(arrays)
         rows = arrays.sampling_rows
         if not rows:
-            return output
+            return StepOutput(
+                step_id=step.step_id, sampled={}, parking_s=parking_s, forward_s=time.perf_counter() - began
+            )
         if len(rows) < len(hidden_TD):
             hidden_TD = hidden_TD[torch.tensor(arrays.sampling_indices, device=self._device)]
         logits_RV = self._model.compute_logits(hidden_TD)
+        computed = time.perf_counter()
         tokens = self._sample(logits_RV, rows)
+        output = StepOutput(
+            step_id=step.step_id,
+            sampled={},
+            parking_s=parking_s,
+            forward_s=computed - began,
+            sampling_s=time.perf_counter() - computed,
+        )
         for state, token in zip(rows, tokens, strict=True):
             if token is None:
                 output.failed[state.sequence_id] = _NOT_FINITE
