@@ -102,6 +102,7 @@ class LLM:
         prompts: Prompt | Sequence[Prompt],
         sampling_params: SamplingParams | Sequence[SamplingParams] | None = None,
         *,
+        cache_salt: str = "",
         progress: bool = False,
     ) -> list[RequestOutput]:
         """Completes every prompt; results are in the prompts' order. Ctrl-C ends the call after the step under way.
@@ -109,6 +110,7 @@ class LLM:
         Args:
             prompts: a text, a list of token ids, or a list of either.
             sampling_params: for all prompts, or one per prompt; unset: the defaults.
+            cache_salt: only calls with the same salt share cached prompts.
             progress: show a progress bar on standard error.
 
         Raises:
@@ -122,13 +124,14 @@ class LLM:
                     inputs.append((prompt, self._tokenizer.encode(prompt)))
                 else:
                     inputs.append((None, _token_ids(prompt)))
-        return self._run("prompts", inputs, sampling_params, progress)
+        return self._run("prompts", inputs, sampling_params, cache_salt, progress)
 
     def chat(
         self,
         messages: Conversation | Sequence[Conversation],
         sampling_params: SamplingParams | Sequence[SamplingParams] | None = None,
         *,
+        cache_salt: str = "",
         progress: bool = False,
     ) -> list[RequestOutput]:
         """Answers a conversation (``[{"role": ..., "content": ...}, ...]``), or each of a list of them, as ``generate``
@@ -141,7 +144,7 @@ class LLM:
         for index, conversation in enumerate(_conversations(messages)):
             with _naming(f"messages[{index}]"):
                 inputs.append((None, self._tokenizer.encode_chat(list(conversation))))
-        return self._run("messages", inputs, sampling_params, progress)
+        return self._run("messages", inputs, sampling_params, cache_salt, progress)
 
     def shutdown(self) -> None:
         """Releases the model and its memory. Idempotent."""
@@ -167,6 +170,7 @@ class LLM:
         source: str,
         inputs: Sequence[tuple[str | None, list[int]]],
         sampling_params: SamplingParams | Sequence[SamplingParams] | None,
+        cache_salt: str,
         progress: bool,
     ) -> list[RequestOutput]:
         engine = self._live_engine()
@@ -180,7 +184,7 @@ class LLM:
             try:
                 for run in runs:
                     with _naming(run.source):
-                        engine.add(run.submission())
+                        engine.add(run.submission(cache_salt))
                 while by_id:
                     check_interrupt()
                     self._step(engine, by_id, bar)

@@ -88,8 +88,13 @@ class RequestRun:
     def finished(self) -> bool:
         return all(candidate.finish_reason is not None for candidate in self.candidates)
 
-    def submission(self) -> Submission:
-        return Submission(submission_id=self.submission_id, prompt_token_ids=self.token_ids, sampling=self.sampling)
+    def submission(self, cache_salt: str) -> Submission:
+        return Submission(
+            submission_id=self.submission_id,
+            prompt_token_ids=self.token_ids,
+            sampling=self.sampling,
+            cache_salt=cache_salt,
+        )
 
     def output(self) -> RequestOutput:
         with_logprobs = self.sampling.logprobs is not None

@@ -25,6 +25,7 @@ class GenerateOptions(TypedDict, total=False):
     deadline_s: seconds for the whole call, retries included; by default the client's own.
     request_id: the caller's name for the call, by which ``cancel`` finds it; by default drawn by the server.
     labels: free, for accounting; at most 16.
+    cache_salt: only calls with the same salt share cached prompts; at most 256 bytes.
 
     The rest are fields of SamplingParams. They override those of a SamplingParams passed along.
     """
@@ -34,6 +35,7 @@ class GenerateOptions(TypedDict, total=False):
     deadline_s: float
     request_id: str
     labels: Mapping[str, str]
+    cache_salt: str
 
     temperature: float
     top_p: float
@@ -101,6 +103,7 @@ def _request(sampling: SamplingParams | None, options: GenerateOptions) -> pb.Ge
         sampling=sampling_to_proto(replace(sampling or SamplingParams(), **overrides)),
         priority=priority_to_proto(Priority(options.get("priority", Priority.P1))),
         labels=options.get("labels"),
+        cache_salt=_encodable(options.get("cache_salt", ""), "cache_salt"),
     )
 
 

@@ -20,6 +20,7 @@ class Submission:
         sampling: an unset seed is drawn by the engine; ``max_tokens`` is cut to what the context holds.
         priority: class.
         deadline: on the engine's clock, in seconds; None: none.
+        cache_salt: only submissions with the same salt share cached blocks.
     """
 
     submission_id: int
@@ -27,11 +28,18 @@ class Submission:
     sampling: SamplingParams
     priority: Priority = Priority.P1
     deadline: float | None = None
+    cache_salt: str = ""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Delta:
-    """What one step added to one candidate; ``finish_reason`` is set on its last."""
+    """What one step added to one candidate.
+
+    Attributes:
+        finish_reason: on its last delta.
+        cached_tokens: tokens of the prompt whose KV was found in the prefix cache; on its first and last delta, since
+            the reader of a stream may be the one who ends it.
+    """
 
     submission_id: int
     candidate_index: int

@@ -14,6 +14,7 @@ from cluster.wire import priority_from_proto
 MAX_REQUEST_ID_LENGTH = 128
 MAX_LABELS = 16
 MAX_LABEL_LENGTH = 128
+MAX_CACHE_SALT_BYTES = 256
 
 
 def check_request_id(request_id: str) -> None:
@@ -30,6 +31,15 @@ def check_labels(labels: Mapping[str, str]) -> None:
         raise InvalidRequest(f"the request has {len(labels)} labels; at most {MAX_LABELS} are allowed", field="labels")
     if any(len(key) > MAX_LABEL_LENGTH or len(value) > MAX_LABEL_LENGTH for key, value in labels.items()):
         raise InvalidRequest(f"label keys and values have at most {MAX_LABEL_LENGTH} characters", field="labels")
+
+
+def check_cache_salt(cache_salt: str) -> None:
+    """Raises InvalidRequest: it is too long to travel with every request."""
+    num_bytes = len(cache_salt.encode())
+    if num_bytes > MAX_CACHE_SALT_BYTES:
+        raise InvalidRequest(
+            f"cache_salt has {num_bytes} bytes; at most {MAX_CACHE_SALT_BYTES} are allowed", field="cache_salt"
+        )
 
 
 def priority_of(value: inference_pb2.Priority) -> Priority:

@@ -14,7 +14,7 @@ from cluster.errors import ClusterError
 from cluster.gateway.candidate import Candidate
 from cluster.gateway.catalog import Catalog, CatalogEntry
 from cluster.gateway.config import GatewayConfig
-from cluster.gateway.convert import check_labels, check_request_id, complete_sampling, priority_of
+from cluster.gateway.convert import check_cache_salt, check_labels, check_request_id, complete_sampling, priority_of
 from cluster.gateway.generation import Generation
 from cluster.gateway.generation_table import GenerationTable
 from cluster.gateway.prompt import check_tokens, tokenize
@@ -99,6 +99,7 @@ class InferenceServicer(inference_pb2_grpc.InferenceServiceServicer):
         try:
             check_request_id(request.request_id)
             check_labels(request.labels)
+            check_cache_salt(request.cache_salt)
             entry = self._catalog.lookup(request.model)
             model = entry.name
             generation = self._table.open(request.request_id, streams=streams)
@@ -152,6 +153,7 @@ class InferenceServicer(inference_pb2_grpc.InferenceServiceServicer):
                 priority=priority_to_proto(priority),
                 deadline_ms=max(int((deadline_s - time.monotonic()) * 1000), 0),
                 generation_id=generation.generation_id,
+                cache_salt=request.cache_salt,
             ),
             lambda index: Candidate(
                 generation.generation_id,

@@ -239,6 +239,7 @@ class ReplicaServer(replica_pb2_grpc.ReplicaServiceServicer):
                 sampling=sampling_from_proto(message.sampling),
                 priority=priority,
                 deadline=time.monotonic() + message.deadline_ms / 1000 if message.HasField("deadline_ms") else None,
+                cache_salt=message.cache_salt,
             )
         except ClusterError as error:
             self._fail(stream, message.id, error)
@@ -330,4 +331,5 @@ def _append(frame: replica_pb2.ReplicaFrame, wire_id: int, delta: Delta) -> None
         message.logprobs.extend(logprobs_to_proto(delta.logprobs))
     if delta.finish_reason is not None:
         message.finish_reason = finish_reason_to_proto(delta.finish_reason)
+    if delta.cached_tokens:
         message.cached_tokens = delta.cached_tokens

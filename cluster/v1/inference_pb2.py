@@ -24,7 +24,7 @@ _sym_db = _symbol_database.Default()
 
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x1a\x63luster/v1/inference.proto\x12\ncluster.v1\"M\n\x0b\x43ontentPart\x12\x0e\n\x04text\x18\x01 \x01(\tH\x00\x12&\n\x05image\x18\x02 \x01(\x0b\x32\x15.cluster.v1.ImagePartH\x00\x42\x06\n\x04part\"G\n\tImagePart\x12\x0e\n\x04\x64\x61ta\x18\x01 \x01(\x0cH\x00\x12\r\n\x03uri\x18\x02 \x01(\tH\x00\x12\x11\n\tmime_type\x18\x03 \x01(\tB\x08\n\x06source\"E\n\x0b\x43hatMessage\x12\x0c\n\x04role\x18\x01 \x01(\t\x12(\n\x07\x63ontent\x18\x02 \x03(\x0b\x32\x17.cluster.v1.ContentPart\"9\n\x0c\x43hatMessages\x12)\n\x08messages\x18\x01 \x03(\x0b\x32\x17.cluster.v1.ChatMessage\"\x17\n\x08TokenIds\x12\x0b\n\x03ids\x18\x01 \x03(\r\"\x1d\n\x0bStopStrings\x12\x0e\n\x06values\x18\x01 \x03(\t\"\x9b\x05\n\x0eSamplingParams\x12\x18\n\x0btemperature\x18\x01 \x01(\x01H\x00\x88\x01\x01\x12\x12\n\x05top_p\x18\x02 \x01(\x01H\x01\x88\x01\x01\x12\x12\n\x05top_k\x18\x03 \x01(\x05H\x02\x88\x01\x01\x12\x12\n\x05min_p\x18\x04 \x01(\x01H\x03\x88\x01\x01\x12\x17\n\nmax_tokens\x18\x05 \x01(\x05H\x04\x88\x01\x01\x12\x17\n\nmin_tokens\x18\x06 \x01(\x05H\x05\x88\x01\x01\x12\x0c\n\x04stop\x18\x07 \x03(\t\x12\x16\n\x0estop_token_ids\x18\x08 \x03(\r\x12\x11\n\x04seed\x18\t \x01(\x04H\x06\x88\x01\x01\x12\x1d\n\x10presence_penalty\x18\n \x01(\x01H\x07\x88\x01\x01\x12\x1e\n\x11\x66requency_penalty\x18\x0b \x01(\x01H\x08\x88\x01\x01\x12\x1f\n\x12repetition_penalty\x18\x0c \x01(\x01H\t\x88\x01\x01\x12\x15\n\x08logprobs\x18\r \x01(\x05H\n\x88\x01\x01\x12=\n\nlogit_bias\x18\x0e \x03(\x0b\x32).cluster.v1.SamplingParams.LogitBiasEntry\x12\x17\n\nignore_eos\x18\x0f \x01(\x08H\x0b\x88\x01\x01\x12\x0e\n\x01n\x18\x10 \x01(\x05H\x0c\x88\x01\x01\x1a\x30\n\x0eLogitBiasEntry\x12\x0b\n\x03key\x18\x01 \x01(\r\x12\r\n\x05value\x18\x02 \x01(\x01:\x02\x38\x01\x42\x0e\n\x0c_temperatureB\x08\n\x06_top_pB\x08\n\x06_top_kB\x08\n\x06_min_pB\r\n\x0b_max_tokensB\r\n\x0b_min_tokensB\x07\n\x05_seedB\x13\n\x11_presence_penaltyB\x14\n\x12_frequency_penaltyB\x15\n\x13_repetition_penaltyB\x0b\n\t_logprobsB\r\n\x0b_ignore_eosB\x04\n\x02_n\"\xe2\x02\n\x0fGenerateRequest\x12\r\n\x05model\x18\x01 \x01(\t\x12\x12\n\nrequest_id\x18\x02 \x01(\t\x12\x10\n\x06prompt\x18\x03 \x01(\tH\x00\x12)\n\ttoken_ids\x18\x04 \x01(\x0b\x32\x14.cluster.v1.TokenIdsH\x00\x12(\n\x04\x63hat\x18\x05 \x01(\x0b\x32\x18.cluster.v1.ChatMessagesH\x00\x12,\n\x08sampling\x18\x06 \x01(\x0b\x32\x1a.cluster.v1.SamplingParams\x12&\n\x08priority\x18\x07 \x01(\x0e\x32\x14.cluster.v1.Priority\x12\x37\n\x06labels\x18\x08 \x03(\x0b\x32\'.cluster.v1.GenerateRequest.LabelsEntry\x1a-\n\x0bLabelsEntry\x12\x0b\n\x03key\x18\x01 \x01(\t\x12\r\n\x05value\x18\x02 \x01(\t:\x02\x38\x01\x42\x07\n\x05input\"1\n\x0cTokenLogprob\x12\x10\n\x08token_id\x18\x01 \x01(\r\x12\x0f\n\x07logprob\x18\x02 \x01(\x02\"c\n\x10PositionLogprobs\x12(\n\x06\x63hosen\x18\x01 \x01(\x0b\x32\x18.cluster.v1.TokenLogprob\x12%\n\x03top\x18\x02 \x03(\x0b\x32\x18.cluster.v1.TokenLogprob\"P\n\x05Usage\x12\x15\n\rprompt_tokens\x18\x01 \x01(\r\x12\x15\n\rcached_tokens\x18\x02 \x01(\r\x12\x19\n\x11\x63ompletion_tokens\x18\x03 \x01(\r\"\xc2\x02\n\rGenerateChunk\x12\x15\n\rgeneration_id\x18\x01 \x01(\t\x12\x10\n\x08sequence\x18\x02 \x01(\x04\x12\x17\n\x0f\x63\x61ndidate_index\x18\x03 \x01(\r\x12\x12\n\ntext_delta\x18\x04 \x01(\t\x12\x13\n\x0btext_offset\x18\x05 \x01(\r\x12\x11\n\ttoken_ids\x18\x06 \x03(\r\x12\x14\n\x0ctoken_offset\x18\x07 \x01(\r\x12.\n\x08logprobs\x18\x08 \x03(\x0b\x32\x1c.cluster.v1.PositionLogprobs\x12\x11\n\x04seed\x18\t \x01(\x04H\x00\x88\x01\x01\x12/\n\rfinish_reason\x18\n \x01(\x0e\x32\x18.cluster.v1.FinishReason\x12 \n\x05usage\x18\x0b \x01(\x0b\x32\x11.cluster.v1.UsageB\x07\n\x05_seed\"\x9c\x01\n\tCandidate\x12\r\n\x05index\x18\x01 \x01(\r\x12\x0c\n\x04text\x18\x02 \x01(\t\x12\x11\n\ttoken_ids\x18\x03 \x03(\r\x12.\n\x08logprobs\x18\x04 \x03(\x0b\x32\x1c.cluster.v1.PositionLogprobs\x12/\n\rfinish_reason\x18\x05 \x01(\x0e\x32\x18.cluster.v1.FinishReason\"\x93\x01\n\x10GenerateResponse\x12\x15\n\rgeneration_id\x18\x01 \x01(\t\x12\r\n\x05model\x18\x02 \x01(\t\x12\x0c\n\x04seed\x18\x03 \x01(\x04\x12)\n\ncandidates\x18\x04 \x03(\x0b\x32\x15.cluster.v1.Candidate\x12 \n\x05usage\x18\x05 \x01(\x0b\x32\x11.cluster.v1.Usage\"0\n\x17\x43\x61ncelGenerationRequest\x12\x15\n\rgeneration_id\x18\x01 \x01(\t\"-\n\x18\x43\x61ncelGenerationResponse\x12\x11\n\tcancelled\x18\x01 \x01(\x08\"h\n\x12\x43ountTokensRequest\x12\r\n\x05model\x18\x01 \x01(\t\x12\x10\n\x06prompt\x18\x02 \x01(\tH\x00\x12(\n\x04\x63hat\x18\x03 \x01(\x0b\x32\x18.cluster.v1.ChatMessagesH\x00\x42\x07\n\x05input\"%\n\x13\x43ountTokensResponse\x12\x0e\n\x06tokens\x18\x01 \x01(\r\"\x13\n\x11ListModelsRequest\"7\n\x12ListModelsResponse\x12!\n\x06models\x18\x01 \x03(\x0b\x32\x11.cluster.v1.Model\" \n\x0fGetModelRequest\x12\r\n\x05model\x18\x01 \x01(\t\"\x92\x01\n\x05Model\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\x14\n\x0c\x61rchitecture\x18\x02 \x01(\t\x12\x15\n\rmax_model_len\x18\x03 \x01(\r\x12\x12\n\nvocab_size\x18\x04 \x01(\r\x12\r\n\x05\x64type\x18\x05 \x01(\t\x12+\n\x08replicas\x18\x06 \x03(\x0b\x32\x19.cluster.v1.ReplicaStatus\"\xd9\x01\n\rReplicaStatus\x12\x12\n\nreplica_id\x18\x01 \x01(\t\x12\'\n\x05state\x18\x02 \x01(\x0e\x32\x18.cluster.v1.ReplicaState\x12\x0f\n\x07\x61\x64\x64ress\x18\x03 \x01(\t\x12\x0f\n\x07running\x18\x04 \x01(\r\x12\x0f\n\x07waiting\x18\x05 \x01(\r\x12\x1a\n\x12outstanding_tokens\x18\x06 \x01(\x04\x12\x1a\n\x12kv_capacity_tokens\x18\x07 \x01(\x04\x12\x10\n\x08kv_usage\x18\x08 \x01(\x01\x12\x0e\n\x06\x64\x65vice\x18\t \x01(\t*h\n\x08Priority\x12\x18\n\x14PRIORITY_UNSPECIFIED\x10\x00\x12\x0f\n\x0bPRIORITY_P0\x10\x01\x12\x0f\n\x0bPRIORITY_P1\x10\x02\x12\x0f\n\x0bPRIORITY_P2\x10\x03\x12\x0f\n\x0bPRIORITY_P3\x10\x04*_\n\x0c\x46inishReason\x12\x1d\n\x19\x46INISH_REASON_UNSPECIFIED\x10\x00\x12\x16\n\x12\x46INISH_REASON_STOP\x10\x01\x12\x18\n\x14\x46INISH_REASON_LENGTH\x10\x02*\x80\x01\n\x0cReplicaState\x12\x1d\n\x19REPLICA_STATE_UNSPECIFIED\x10\x00\x12\x1c\n\x18REPLICA_STATE_CONNECTING\x10\x01\x12\x17\n\x13REPLICA_STATE_READY\x10\x02\x12\x1a\n\x16REPLICA_STATE_DRAINING\x10\x03\x32\xdd\x03\n\x10InferenceService\x12\x45\n\x08Generate\x12\x1b.cluster.v1.GenerateRequest\x1a\x1c.cluster.v1.GenerateResponse\x12J\n\x0eGenerateStream\x12\x1b.cluster.v1.GenerateRequest\x1a\x19.cluster.v1.GenerateChunk0\x01\x12]\n\x10\x43\x61ncelGeneration\x12#.cluster.v1.CancelGenerationRequest\x1a$.cluster.v1.CancelGenerationResponse\x12N\n\x0b\x43ountTokens\x12\x1e.cluster.v1.CountTokensRequest\x1a\x1f.cluster.v1.CountTokensResponse\x12K\n\nListModels\x12\x1d.cluster.v1.ListModelsRequest\x1a\x1e.cluster.v1.ListModelsResponse\x12:\n\x08GetModel\x12\x1b.cluster.v1.GetModelRequest\x1a\x11.cluster.v1.Modelb\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x1a\x63luster/v1/inference.proto\x12\ncluster.v1\"M\n\x0b\x43ontentPart\x12\x0e\n\x04text\x18\x01 \x01(\tH\x00\x12&\n\x05image\x18\x02 \x01(\x0b\x32\x15.cluster.v1.ImagePartH\x00\x42\x06\n\x04part\"G\n\tImagePart\x12\x0e\n\x04\x64\x61ta\x18\x01 \x01(\x0cH\x00\x12\r\n\x03uri\x18\x02 \x01(\tH\x00\x12\x11\n\tmime_type\x18\x03 \x01(\tB\x08\n\x06source\"E\n\x0b\x43hatMessage\x12\x0c\n\x04role\x18\x01 \x01(\t\x12(\n\x07\x63ontent\x18\x02 \x03(\x0b\x32\x17.cluster.v1.ContentPart\"9\n\x0c\x43hatMessages\x12)\n\x08messages\x18\x01 \x03(\x0b\x32\x17.cluster.v1.ChatMessage\"\x17\n\x08TokenIds\x12\x0b\n\x03ids\x18\x01 \x03(\r\"\x1d\n\x0bStopStrings\x12\x0e\n\x06values\x18\x01 \x03(\t\"\x9b\x05\n\x0eSamplingParams\x12\x18\n\x0btemperature\x18\x01 \x01(\x01H\x00\x88\x01\x01\x12\x12\n\x05top_p\x18\x02 \x01(\x01H\x01\x88\x01\x01\x12\x12\n\x05top_k\x18\x03 \x01(\x05H\x02\x88\x01\x01\x12\x12\n\x05min_p\x18\x04 \x01(\x01H\x03\x88\x01\x01\x12\x17\n\nmax_tokens\x18\x05 \x01(\x05H\x04\x88\x01\x01\x12\x17\n\nmin_tokens\x18\x06 \x01(\x05H\x05\x88\x01\x01\x12\x0c\n\x04stop\x18\x07 \x03(\t\x12\x16\n\x0estop_token_ids\x18\x08 \x03(\r\x12\x11\n\x04seed\x18\t \x01(\x04H\x06\x88\x01\x01\x12\x1d\n\x10presence_penalty\x18\n \x01(\x01H\x07\x88\x01\x01\x12\x1e\n\x11\x66requency_penalty\x18\x0b \x01(\x01H\x08\x88\x01\x01\x12\x1f\n\x12repetition_penalty\x18\x0c \x01(\x01H\t\x88\x01\x01\x12\x15\n\x08logprobs\x18\r \x01(\x05H\n\x88\x01\x01\x12=\n\nlogit_bias\x18\x0e \x03(\x0b\x32).cluster.v1.SamplingParams.LogitBiasEntry\x12\x17\n\nignore_eos\x18\x0f \x01(\x08H\x0b\x88\x01\x01\x12\x0e\n\x01n\x18\x10 \x01(\x05H\x0c\x88\x01\x01\x1a\x30\n\x0eLogitBiasEntry\x12\x0b\n\x03key\x18\x01 \x01(\r\x12\r\n\x05value\x18\x02 \x01(\x01:\x02\x38\x01\x42\x0e\n\x0c_temperatureB\x08\n\x06_top_pB\x08\n\x06_top_kB\x08\n\x06_min_pB\r\n\x0b_max_tokensB\r\n\x0b_min_tokensB\x07\n\x05_seedB\x13\n\x11_presence_penaltyB\x14\n\x12_frequency_penaltyB\x15\n\x13_repetition_penaltyB\x0b\n\t_logprobsB\r\n\x0b_ignore_eosB\x04\n\x02_n\"\xf6\x02\n\x0fGenerateRequest\x12\r\n\x05model\x18\x01 \x01(\t\x12\x12\n\nrequest_id\x18\x02 \x01(\t\x12\x10\n\x06prompt\x18\x03 \x01(\tH\x00\x12)\n\ttoken_ids\x18\x04 \x01(\x0b\x32\x14.cluster.v1.TokenIdsH\x00\x12(\n\x04\x63hat\x18\x05 \x01(\x0b\x32\x18.cluster.v1.ChatMessagesH\x00\x12,\n\x08sampling\x18\x06 \x01(\x0b\x32\x1a.cluster.v1.SamplingParams\x12&\n\x08priority\x18\x07 \x01(\x0e\x32\x14.cluster.v1.Priority\x12\x37\n\x06labels\x18\x08 \x03(\x0b\x32\'.cluster.v1.GenerateRequest.LabelsEntry\x12\x12\n\ncache_salt\x18\t \x01(\t\x1a-\n\x0bLabelsEntry\x12\x0b\n\x03key\x18\x01 \x01(\t\x12\r\n\x05value\x18\x02 \x01(\t:\x02\x38\x01\x42\x07\n\x05input\"1\n\x0cTokenLogprob\x12\x10\n\x08token_id\x18\x01 \x01(\r\x12\x0f\n\x07logprob\x18\x02 \x01(\x02\"c\n\x10PositionLogprobs\x12(\n\x06\x63hosen\x18\x01 \x01(\x0b\x32\x18.cluster.v1.TokenLogprob\x12%\n\x03top\x18\x02 \x03(\x0b\x32\x18.cluster.v1.TokenLogprob\"P\n\x05Usage\x12\x15\n\rprompt_tokens\x18\x01 \x01(\r\x12\x15\n\rcached_tokens\x18\x02 \x01(\r\x12\x19\n\x11\x63ompletion_tokens\x18\x03 \x01(\r\"\xc2\x02\n\rGenerateChunk\x12\x15\n\rgeneration_id\x18\x01 \x01(\t\x12\x10\n\x08sequence\x18\x02 \x01(\x04\x12\x17\n\x0f\x63\x61ndidate_index\x18\x03 \x01(\r\x12\x12\n\ntext_delta\x18\x04 \x01(\t\x12\x13\n\x0btext_offset\x18\x05 \x01(\r\x12\x11\n\ttoken_ids\x18\x06 \x03(\r\x12\x14\n\x0ctoken_offset\x18\x07 \x01(\r\x12.\n\x08logprobs\x18\x08 \x03(\x0b\x32\x1c.cluster.v1.PositionLogprobs\x12\x11\n\x04seed\x18\t \x01(\x04H\x00\x88\x01\x01\x12/\n\rfinish_reason\x18\n \x01(\x0e\x32\x18.cluster.v1.FinishReason\x12 \n\x05usage\x18\x0b \x01(\x0b\x32\x11.cluster.v1.UsageB\x07\n\x05_seed\"\x9c\x01\n\tCandidate\x12\r\n\x05index\x18\x01 \x01(\r\x12\x0c\n\x04text\x18\x02 \x01(\t\x12\x11\n\ttoken_ids\x18\x03 \x03(\r\x12.\n\x08logprobs\x18\x04 \x03(\x0b\x32\x1c.cluster.v1.PositionLogprobs\x12/\n\rfinish_reason\x18\x05 \x01(\x0e\x32\x18.cluster.v1.FinishReason\"\x93\x01\n\x10GenerateResponse\x12\x15\n\rgeneration_id\x18\x01 \x01(\t\x12\r\n\x05model\x18\x02 \x01(\t\x12\x0c\n\x04seed\x18\x03 \x01(\x04\x12)\n\ncandidates\x18\x04 \x03(\x0b\x32\x15.cluster.v1.Candidate\x12 \n\x05usage\x18\x05 \x01(\x0b\x32\x11.cluster.v1.Usage\"0\n\x17\x43\x61ncelGenerationRequest\x12\x15\n\rgeneration_id\x18\x01 \x01(\t\"-\n\x18\x43\x61ncelGenerationResponse\x12\x11\n\tcancelled\x18\x01 \x01(\x08\"h\n\x12\x43ountTokensRequest\x12\r\n\x05model\x18\x01 \x01(\t\x12\x10\n\x06prompt\x18\x02 \x01(\tH\x00\x12(\n\x04\x63hat\x18\x03 \x01(\x0b\x32\x18.cluster.v1.ChatMessagesH\x00\x42\x07\n\x05input\"%\n\x13\x43ountTokensResponse\x12\x0e\n\x06tokens\x18\x01 \x01(\r\"\x13\n\x11ListModelsRequest\"7\n\x12ListModelsResponse\x12!\n\x06models\x18\x01 \x03(\x0b\x32\x11.cluster.v1.Model\" \n\x0fGetModelRequest\x12\r\n\x05model\x18\x01 \x01(\t\"\x92\x01\n\x05Model\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\x14\n\x0c\x61rchitecture\x18\x02 \x01(\t\x12\x15\n\rmax_model_len\x18\x03 \x01(\r\x12\x12\n\nvocab_size\x18\x04 \x01(\r\x12\r\n\x05\x64type\x18\x05 \x01(\t\x12+\n\x08replicas\x18\x06 \x03(\x0b\x32\x19.cluster.v1.ReplicaStatus\"\xd9\x01\n\rReplicaStatus\x12\x12\n\nreplica_id\x18\x01 \x01(\t\x12\'\n\x05state\x18\x02 \x01(\x0e\x32\x18.cluster.v1.ReplicaState\x12\x0f\n\x07\x61\x64\x64ress\x18\x03 \x01(\t\x12\x0f\n\x07running\x18\x04 \x01(\r\x12\x0f\n\x07waiting\x18\x05 \x01(\r\x12\x1a\n\x12outstanding_tokens\x18\x06 \x01(\x04\x12\x1a\n\x12kv_capacity_tokens\x18\x07 \x01(\x04\x12\x10\n\x08kv_usage\x18\x08 \x01(\x01\x12\x0e\n\x06\x64\x65vice\x18\t \x01(\t*h\n\x08Priority\x12\x18\n\x14PRIORITY_UNSPECIFIED\x10\x00\x12\x0f\n\x0bPRIORITY_P0\x10\x01\x12\x0f\n\x0bPRIORITY_P1\x10\x02\x12\x0f\n\x0bPRIORITY_P2\x10\x03\x12\x0f\n\x0bPRIORITY_P3\x10\x04*_\n\x0c\x46inishReason\x12\x1d\n\x19\x46INISH_REASON_UNSPECIFIED\x10\x00\x12\x16\n\x12\x46INISH_REASON_STOP\x10\x01\x12\x18\n\x14\x46INISH_REASON_LENGTH\x10\x02*\x80\x01\n\x0cReplicaState\x12\x1d\n\x19REPLICA_STATE_UNSPECIFIED\x10\x00\x12\x1c\n\x18REPLICA_STATE_CONNECTING\x10\x01\x12\x17\n\x13REPLICA_STATE_READY\x10\x02\x12\x1a\n\x16REPLICA_STATE_DRAINING\x10\x03\x32\xdd\x03\n\x10InferenceService\x12\x45\n\x08Generate\x12\x1b.cluster.v1.GenerateRequest\x1a\x1c.cluster.v1.GenerateResponse\x12J\n\x0eGenerateStream\x12\x1b.cluster.v1.GenerateRequest\x1a\x19.cluster.v1.GenerateChunk0\x01\x12]\n\x10\x43\x61ncelGeneration\x12#.cluster.v1.CancelGenerationRequest\x1a$.cluster.v1.CancelGenerationResponse\x12N\n\x0b\x43ountTokens\x12\x1e.cluster.v1.CountTokensRequest\x1a\x1f.cluster.v1.CountTokensResponse\x12K\n\nListModels\x12\x1d.cluster.v1.ListModelsRequest\x1a\x1e.cluster.v1.ListModelsResponse\x12:\n\x08GetModel\x12\x1b.cluster.v1.GetModelRequest\x1a\x11.cluster.v1.Modelb\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
@@ -35,12 +35,12 @@ if not _descriptor._USE_C_DESCRIPTORS:
   _globals['_SAMPLINGPARAMS_LOGITBIASENTRY']._serialized_options = b'8\001'
   _globals['_GENERATEREQUEST_LABELSENTRY']._loaded_options = None
   _globals['_GENERATEREQUEST_LABELSENTRY']._serialized_options = b'8\001'
-  _globals['_PRIORITY']._serialized_start=2998
-  _globals['_PRIORITY']._serialized_end=3102
-  _globals['_FINISHREASON']._serialized_start=3104
-  _globals['_FINISHREASON']._serialized_end=3199
-  _globals['_REPLICASTATE']._serialized_start=3202
-  _globals['_REPLICASTATE']._serialized_end=3330
+  _globals['_PRIORITY']._serialized_start=3018
+  _globals['_PRIORITY']._serialized_end=3122
+  _globals['_FINISHREASON']._serialized_start=3124
+  _globals['_FINISHREASON']._serialized_end=3219
+  _globals['_REPLICASTATE']._serialized_start=3222
+  _globals['_REPLICASTATE']._serialized_end=3350
   _globals['_CONTENTPART']._serialized_start=42
   _globals['_CONTENTPART']._serialized_end=119
   _globals['_IMAGEPART']._serialized_start=121
@@ -58,39 +58,39 @@ if not _descriptor._USE_C_DESCRIPTORS:
   _globals['_SAMPLINGPARAMS_LOGITBIASENTRY']._serialized_start=815
   _globals['_SAMPLINGPARAMS_LOGITBIASENTRY']._serialized_end=863
   _globals['_GENERATEREQUEST']._serialized_start=1051
-  _globals['_GENERATEREQUEST']._serialized_end=1405
-  _globals['_GENERATEREQUEST_LABELSENTRY']._serialized_start=1351
-  _globals['_GENERATEREQUEST_LABELSENTRY']._serialized_end=1396
-  _globals['_TOKENLOGPROB']._serialized_start=1407
-  _globals['_TOKENLOGPROB']._serialized_end=1456
-  _globals['_POSITIONLOGPROBS']._serialized_start=1458
-  _globals['_POSITIONLOGPROBS']._serialized_end=1557
-  _globals['_USAGE']._serialized_start=1559
-  _globals['_USAGE']._serialized_end=1639
-  _globals['_GENERATECHUNK']._serialized_start=1642
-  _globals['_GENERATECHUNK']._serialized_end=1964
-  _globals['_CANDIDATE']._serialized_start=1967
-  _globals['_CANDIDATE']._serialized_end=2123
-  _globals['_GENERATERESPONSE']._serialized_start=2126
-  _globals['_GENERATERESPONSE']._serialized_end=2273
-  _globals['_CANCELGENERATIONREQUEST']._serialized_start=2275
-  _globals['_CANCELGENERATIONREQUEST']._serialized_end=2323
-  _globals['_CANCELGENERATIONRESPONSE']._serialized_start=2325
-  _globals['_CANCELGENERATIONRESPONSE']._serialized_end=2370
-  _globals['_COUNTTOKENSREQUEST']._serialized_start=2372
-  _globals['_COUNTTOKENSREQUEST']._serialized_end=2476
-  _globals['_COUNTTOKENSRESPONSE']._serialized_start=2478
-  _globals['_COUNTTOKENSRESPONSE']._serialized_end=2515
-  _globals['_LISTMODELSREQUEST']._serialized_start=2517
-  _globals['_LISTMODELSREQUEST']._serialized_end=2536
-  _globals['_LISTMODELSRESPONSE']._serialized_start=2538
-  _globals['_LISTMODELSRESPONSE']._serialized_end=2593
-  _globals['_GETMODELREQUEST']._serialized_start=2595
-  _globals['_GETMODELREQUEST']._serialized_end=2627
-  _globals['_MODEL']._serialized_start=2630
-  _globals['_MODEL']._serialized_end=2776
-  _globals['_REPLICASTATUS']._serialized_start=2779
-  _globals['_REPLICASTATUS']._serialized_end=2996
-  _globals['_INFERENCESERVICE']._serialized_start=3333
-  _globals['_INFERENCESERVICE']._serialized_end=3810
+  _globals['_GENERATEREQUEST']._serialized_end=1425
+  _globals['_GENERATEREQUEST_LABELSENTRY']._serialized_start=1371
+  _globals['_GENERATEREQUEST_LABELSENTRY']._serialized_end=1416
+  _globals['_TOKENLOGPROB']._serialized_start=1427
+  _globals['_TOKENLOGPROB']._serialized_end=1476
+  _globals['_POSITIONLOGPROBS']._serialized_start=1478
+  _globals['_POSITIONLOGPROBS']._serialized_end=1577
+  _globals['_USAGE']._serialized_start=1579
+  _globals['_USAGE']._serialized_end=1659
+  _globals['_GENERATECHUNK']._serialized_start=1662
+  _globals['_GENERATECHUNK']._serialized_end=1984
+  _globals['_CANDIDATE']._serialized_start=1987
+  _globals['_CANDIDATE']._serialized_end=2143
+  _globals['_GENERATERESPONSE']._serialized_start=2146
+  _globals['_GENERATERESPONSE']._serialized_end=2293
+  _globals['_CANCELGENERATIONREQUEST']._serialized_start=2295
+  _globals['_CANCELGENERATIONREQUEST']._serialized_end=2343
+  _globals['_CANCELGENERATIONRESPONSE']._serialized_start=2345
+  _globals['_CANCELGENERATIONRESPONSE']._serialized_end=2390
+  _globals['_COUNTTOKENSREQUEST']._serialized_start=2392
+  _globals['_COUNTTOKENSREQUEST']._serialized_end=2496
+  _globals['_COUNTTOKENSRESPONSE']._serialized_start=2498
+  _globals['_COUNTTOKENSRESPONSE']._serialized_end=2535
+  _globals['_LISTMODELSREQUEST']._serialized_start=2537
+  _globals['_LISTMODELSREQUEST']._serialized_end=2556
+  _globals['_LISTMODELSRESPONSE']._serialized_start=2558
+  _globals['_LISTMODELSRESPONSE']._serialized_end=2613
+  _globals['_GETMODELREQUEST']._serialized_start=2615
+  _globals['_GETMODELREQUEST']._serialized_end=2647
+  _globals['_MODEL']._serialized_start=2650
+  _globals['_MODEL']._serialized_end=2796
+  _globals['_REPLICASTATUS']._serialized_start=2799
+  _globals['_REPLICASTATUS']._serialized_end=3016
+  _globals['_INFERENCESERVICE']._serialized_start=3353
+  _globals['_INFERENCESERVICE']._serialized_end=3830
 # @@protoc_insertion_point(module_scope)

@@ -25,7 +25,7 @@ _sym_db = _symbol_database.Default()
 from cluster.v1 import inference_pb2 as cluster_dot_v1_dot_inference__pb2
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x18\x63luster/v1/replica.proto\x12\ncluster.v1\x1a\x1a\x63luster/v1/inference.proto\"\x81\x01\n\x0cGatewayFrame\x12\'\n\x05hello\x18\x01 \x01(\x0b\x32\x18.cluster.v1.GatewayHello\x12#\n\x07submits\x18\x02 \x03(\x0b\x32\x12.cluster.v1.Submit\x12#\n\x07\x63\x61ncels\x18\x03 \x03(\x0b\x32\x12.cluster.v1.Cancel\"<\n\x0cGatewayHello\x12\x12\n\ngateway_id\x18\x01 \x01(\t\x12\x18\n\x10protocol_version\x18\x02 \x01(\r\"\xc5\x01\n\x06Submit\x12\n\n\x02id\x18\x01 \x01(\x04\x12\x18\n\x10prompt_token_ids\x18\x02 \x03(\r\x12,\n\x08sampling\x18\x03 \x01(\x0b\x32\x1a.cluster.v1.SamplingParams\x12&\n\x08priority\x18\x04 \x01(\x0e\x32\x14.cluster.v1.Priority\x12\x18\n\x0b\x64\x65\x61\x64line_ms\x18\x05 \x01(\x04H\x00\x88\x01\x01\x12\x15\n\rgeneration_id\x18\x06 \x01(\tB\x0e\n\x0c_deadline_ms\"F\n\x06\x43\x61ncel\x12\n\n\x02id\x18\x01 \x01(\x04\x12\x1c\n\x0f\x63\x61ndidate_index\x18\x02 \x01(\rH\x00\x88\x01\x01\x42\x12\n\x10_candidate_index\"\xad\x01\n\x0cReplicaFrame\x12\'\n\x05hello\x18\x01 \x01(\x0b\x32\x18.cluster.v1.ReplicaHello\x12%\n\x04load\x18\x02 \x01(\x0b\x32\x17.cluster.v1.ReplicaLoad\x12&\n\x06\x64\x65ltas\x18\x03 \x03(\x0b\x32\x16.cluster.v1.TokenDelta\x12%\n\x08\x66\x61ilures\x18\x04 \x03(\x0b\x32\x13.cluster.v1.Failure\"\xc7\x01\n\x0cReplicaHello\x12\x12\n\nreplica_id\x18\x01 \x01(\t\x12\r\n\x05model\x18\x02 \x01(\t\x12\x14\n\x0c\x61rchitecture\x18\x03 \x01(\t\x12\x15\n\rmax_model_len\x18\x04 \x01(\r\x12\x12\n\nvocab_size\x18\x05 \x01(\r\x12\r\n\x05\x64type\x18\x06 \x01(\t\x12\x0e\n\x06\x64\x65vice\x18\x07 \x01(\t\x12\x1a\n\x12kv_capacity_tokens\x18\x08 \x01(\x04\x12\x18\n\x10protocol_version\x18\t \x01(\r\"\x81\x01\n\x0bReplicaLoad\x12\x0f\n\x07running\x18\x01 \x01(\r\x12\x0f\n\x07waiting\x18\x02 \x01(\r\x12\x13\n\x0b\x66ree_blocks\x18\x03 \x01(\r\x12\x12\n\nnum_blocks\x18\x04 \x01(\r\x12\x15\n\rqueued_tokens\x18\x05 \x01(\x04\x12\x10\n\x08\x64raining\x18\x06 \x01(\x08\"\xbc\x01\n\nTokenDelta\x12\n\n\x02id\x18\x01 \x01(\x04\x12\x17\n\x0f\x63\x61ndidate_index\x18\x02 \x01(\r\x12\x11\n\ttoken_ids\x18\x03 \x03(\r\x12.\n\x08logprobs\x18\x04 \x03(\x0b\x32\x1c.cluster.v1.PositionLogprobs\x12/\n\rfinish_reason\x18\x05 \x01(\x0e\x32\x18.cluster.v1.FinishReason\x12\x15\n\rcached_tokens\x18\x06 \x01(\r\"E\n\x07\x46\x61ilure\x12\n\n\x02id\x18\x01 \x01(\x04\x12\x0e\n\x06reason\x18\x02 \x01(\t\x12\x0f\n\x07message\x18\x03 \x01(\t\x12\r\n\x05\x66ield\x18\x04 \x01(\t2S\n\x0eReplicaService\x12\x41\n\x07\x43onnect\x12\x18.cluster.v1.GatewayFrame\x1a\x18.cluster.v1.ReplicaFrame(\x01\x30\x01\x62\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x18\x63luster/v1/replica.proto\x12\ncluster.v1\x1a\x1a\x63luster/v1/inference.proto\"\x81\x01\n\x0cGatewayFrame\x12\'\n\x05hello\x18\x01 \x01(\x0b\x32\x18.cluster.v1.GatewayHello\x12#\n\x07submits\x18\x02 \x03(\x0b\x32\x12.cluster.v1.Submit\x12#\n\x07\x63\x61ncels\x18\x03 \x03(\x0b\x32\x12.cluster.v1.Cancel\"<\n\x0cGatewayHello\x12\x12\n\ngateway_id\x18\x01 \x01(\t\x12\x18\n\x10protocol_version\x18\x02 \x01(\r\"\xd9\x01\n\x06Submit\x12\n\n\x02id\x18\x01 \x01(\x04\x12\x18\n\x10prompt_token_ids\x18\x02 \x03(\r\x12,\n\x08sampling\x18\x03 \x01(\x0b\x32\x1a.cluster.v1.SamplingParams\x12&\n\x08priority\x18\x04 \x01(\x0e\x32\x14.cluster.v1.Priority\x12\x18\n\x0b\x64\x65\x61\x64line_ms\x18\x05 \x01(\x04H\x00\x88\x01\x01\x12\x15\n\rgeneration_id\x18\x06 \x01(\t\x12\x12\n\ncache_salt\x18\x07 \x01(\tB\x0e\n\x0c_deadline_ms\"F\n\x06\x43\x61ncel\x12\n\n\x02id\x18\x01 \x01(\x04\x12\x1c\n\x0f\x63\x61ndidate_index\x18\x02 \x01(\rH\x00\x88\x01\x01\x42\x12\n\x10_candidate_index\"\xad\x01\n\x0cReplicaFrame\x12\'\n\x05hello\x18\x01 \x01(\x0b\x32\x18.cluster.v1.ReplicaHello\x12%\n\x04load\x18\x02 \x01(\x0b\x32\x17.cluster.v1.ReplicaLoad\x12&\n\x06\x64\x65ltas\x18\x03 \x03(\x0b\x32\x16.cluster.v1.TokenDelta\x12%\n\x08\x66\x61ilures\x18\x04 \x03(\x0b\x32\x13.cluster.v1.Failure\"\xc7\x01\n\x0cReplicaHello\x12\x12\n\nreplica_id\x18\x01 \x01(\t\x12\r\n\x05model\x18\x02 \x01(\t\x12\x14\n\x0c\x61rchitecture\x18\x03 \x01(\t\x12\x15\n\rmax_model_len\x18\x04 \x01(\r\x12\x12\n\nvocab_size\x18\x05 \x01(\r\x12\r\n\x05\x64type\x18\x06 \x01(\t\x12\x0e\n\x06\x64\x65vice\x18\x07 \x01(\t\x12\x1a\n\x12kv_capacity_tokens\x18\x08 \x01(\x04\x12\x18\n\x10protocol_version\x18\t \x01(\r\"\x81\x01\n\x0bReplicaLoad\x12\x0f\n\x07running\x18\x01 \x01(\r\x12\x0f\n\x07waiting\x18\x02 \x01(\r\x12\x13\n\x0b\x66ree_blocks\x18\x03 \x01(\r\x12\x12\n\nnum_blocks\x18\x04 \x01(\r\x12\x15\n\rqueued_tokens\x18\x05 \x01(\x04\x12\x10\n\x08\x64raining\x18\x06 \x01(\x08\"\xbc\x01\n\nTokenDelta\x12\n\n\x02id\x18\x01 \x01(\x04\x12\x17\n\x0f\x63\x61ndidate_index\x18\x02 \x01(\r\x12\x11\n\ttoken_ids\x18\x03 \x03(\r\x12.\n\x08logprobs\x18\x04 \x03(\x0b\x32\x1c.cluster.v1.PositionLogprobs\x12/\n\rfinish_reason\x18\x05 \x01(\x0e\x32\x18.cluster.v1.FinishReason\x12\x15\n\rcached_tokens\x18\x06 \x01(\r\"E\n\x07\x46\x61ilure\x12\n\n\x02id\x18\x01 \x01(\x04\x12\x0e\n\x06reason\x18\x02 \x01(\t\x12\x0f\n\x07message\x18\x03 \x01(\t\x12\r\n\x05\x66ield\x18\x04 \x01(\t2S\n\x0eReplicaService\x12\x41\n\x07\x43onnect\x12\x18.cluster.v1.GatewayFrame\x1a\x18.cluster.v1.ReplicaFrame(\x01\x30\x01\x62\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
@@ -37,19 +37,19 @@ if not _descriptor._USE_C_DESCRIPTORS:
   _globals['_GATEWAYHELLO']._serialized_start=200
   _globals['_GATEWAYHELLO']._serialized_end=260
   _globals['_SUBMIT']._serialized_start=263
-  _globals['_SUBMIT']._serialized_end=460
-  _globals['_CANCEL']._serialized_start=462
-  _globals['_CANCEL']._serialized_end=532
-  _globals['_REPLICAFRAME']._serialized_start=535
-  _globals['_REPLICAFRAME']._serialized_end=708
-  _globals['_REPLICAHELLO']._serialized_start=711
-  _globals['_REPLICAHELLO']._serialized_end=910
-  _globals['_REPLICALOAD']._serialized_start=913
-  _globals['_REPLICALOAD']._serialized_end=1042
-  _globals['_TOKENDELTA']._serialized_start=1045
-  _globals['_TOKENDELTA']._serialized_end=1233
-  _globals['_FAILURE']._serialized_start=1235
-  _globals['_FAILURE']._serialized_end=1304
-  _globals['_REPLICASERVICE']._serialized_start=1306
-  _globals['_REPLICASERVICE']._serialized_end=1389
+  _globals['_SUBMIT']._serialized_end=480
+  _globals['_CANCEL']._serialized_start=482
+  _globals['_CANCEL']._serialized_end=552
+  _globals['_REPLICAFRAME']._serialized_start=555
+  _globals['_REPLICAFRAME']._serialized_end=728
+  _globals['_REPLICAHELLO']._serialized_start=731
+  _globals['_REPLICAHELLO']._serialized_end=930
+  _globals['_REPLICALOAD']._serialized_start=933
+  _globals['_REPLICALOAD']._serialized_end=1062
+  _globals['_TOKENDELTA']._serialized_start=1065
+  _globals['_TOKENDELTA']._serialized_end=1253
+  _globals['_FAILURE']._serialized_start=1255
+  _globals['_FAILURE']._serialized_end=1324
+  _globals['_REPLICASERVICE']._serialized_start=1326
+  _globals['_REPLICASERVICE']._serialized_end=1409
 # @@protoc_insertion_point(module_scope)

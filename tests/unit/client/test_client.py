@@ -29,10 +29,12 @@ def test_generate_sends_every_argument_and_returns_every_field(client, server):
         priority=Priority.P3,
         request_id="mine",
         labels={"team": "a"},
+        cache_salt="a",
     )
     sent = server.requests[0]
     assert (sent.prompt, sent.model, sent.priority, sent.request_id) == ("def f():", "demo", pb.PRIORITY_P3, "mine")
     assert sent.labels == {"team": "a"}
+    assert sent.cache_salt == "a"
     assert sampling_from_proto(sent.sampling) == SamplingParams(max_tokens=9, temperature=0.0, n=2)
 
     assert (result.generation_id, result.model, result.seed) == ("gen-1", "demo", 2**64 - 1)

@@ -122,7 +122,7 @@ async def test_seed_is_drawn_and_reproduces(create_setup: CreateSetup) -> None:
 
 async def test_what_the_replica_is_told(create_setup: CreateSetup) -> None:
     setup = await create_setup(FakeReplica(max_model_len=64))
-    message = request("hello", max_tokens=None, stop=("zzz",), priority=pb.PRIORITY_P2, temperature=0.5)
+    message = request("hello", max_tokens=None, stop=("zzz",), priority=pb.PRIORITY_P2, temperature=0.5, cache_salt="é")
     await setup.stub.Generate(message, timeout=100)
     (submit,) = setup.replica.submits
     assert bytes(submit.prompt_token_ids) == b"hello"
@@ -131,6 +131,7 @@ async def test_what_the_replica_is_told(create_setup: CreateSetup) -> None:
     assert submit.sampling.seed == 7
     assert not submit.sampling.stop
     assert submit.priority == pb.PRIORITY_P2
+    assert submit.cache_salt == "é"
     assert 90_000 < submit.deadline_ms < 105_000  # gRPC rounds timeouts up on the wire
 
 

@@ -57,6 +57,7 @@ def chat(role: str, *parts: pb.ContentPart) -> pb.ChatMessages:
         (request(request_id="a\nb"), "request_id"),
         (request(labels={str(i): "" for i in range(17)}), "labels"),
         (request(labels={"key": "x" * 129}), "labels"),
+        (request(cache_salt="é" * 129), "cache_salt"),
     ],
 )  # fmt: skip
 async def test_invalid_argument_names_the_field(

@@ -88,7 +88,7 @@ class StepwiseEngine:
                     token_ids=[count],
                     logprobs=[SampledToken(token_id=count, logprob=-0.5)] if with_logprobs else [],
                     finish_reason=FinishReason.LENGTH if finished else None,
-                    cached_tokens=3 if finished else 0,
+                    cached_tokens=3 if finished or count == 0 else 0,
                 )
             )
             if finished:
@@ -212,6 +212,7 @@ async def test_tokens_arrive_once_in_order_with_finish_reason_and_logprobs(clust
         assert tokens(frames, 9, 0) == tokens(frames, 9, 1) == tokens(frames, 4) == [0, 1, 2]
         last = [d for d in frames[-1].deltas if d.id == 9][-1]
         assert last.finish_reason == inference_pb2.FINISH_REASON_LENGTH and last.cached_tokens == 3
+        assert [d.cached_tokens for frame in frames for d in frame.deltas if d.id == 4] == [3, 0, 3]
         assert last.logprobs[0].chosen.logprob == -0.5
         assert not next(d for d in frames[-1].deltas if d.id == 4).logprobs
 
@@ -231,11 +232,13 @@ async def test_submission_reaches_the_engine_whole(cluster: Cluster):
         message = submit(1, prompt=(7, 8), temperature=0.5, stop_token_ids=(4,), n=2)
         message.priority = inference_pb2.PRIORITY_P2
         message.deadline_ms = 60_000
+        message.cache_salt = "é"
         await stream.send(submits=[message])
         submission = await until_added(cluster)
         assert list(submission.prompt_token_ids) == [7, 8] and submission.priority == 2
         assert submission.sampling == SamplingParams(max_tokens=3, seed=7, temperature=0.5, stop_token_ids=(4,), n=2)
         assert submission.deadline is not None
+        assert submission.cache_salt == "é"
 
 
 @pytest.mark.parametrize("secret", ["", "wrong", SECRET + "x"])
