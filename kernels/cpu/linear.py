@@ -102,7 +102,7 @@ def num_bytes(format: WeightFormat, out_features: int, in_features: int, *, grou
         case "int8":
             return outputs * (num_groups * group_size + 4)
         case "int4":
-            return outputs * num_groups * (group_size // 2 + 8)
+            return outputs * num_groups * (group_size // 2 + 4)
 
 
 def pack(weight_OI: Tensor, format: WeightFormat, *, group_size: int | None = None) -> PackedWeight:

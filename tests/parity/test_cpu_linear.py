@@ -17,7 +17,7 @@ pytestmark = pytest.mark.skipif(LIBRARY is None, reason="the CPU kernels are not
 ISAS = LIBRARY.available() if LIBRARY else ()
 
 # (outputs, inputs): one tile and less, tails of tiles, strips, groups and passes.
-SHAPES = [(1, 1), (16, 16), (75, 50), (33, 64), (144, 130), (100, 897), (17, 1100)]
+SHAPES = [(1, 1), (16, 16), (75, 50), (33, 64), (144, 130), (100, 897), (17, 2100)]
 
 
 @pytest.fixture(params=ISAS)

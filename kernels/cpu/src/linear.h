@@ -1,8 +1,9 @@
 /* What the linear kernels share: how a weight matrix is packed, and how a product is cut into tasks.
  *
- * Weights lie in tiles of 16 outputs, so that a vector holds one input's (or four inputs') weights of 16 outputs and a
- * sum runs down the inputs in one order, whatever the number of rows: a row's result does not depend on its batch.
- * A strip of NUM_TILES tiles times a block of at most MAX_ROWS rows is what the registers hold at once.
+ * Weights lie in tiles of 16 outputs. A *line* is one step of a tile: as many inputs' weights of its 16 outputs as one
+ * vector instruction takes. A sum runs down the lines in one order, whatever the number of rows, so a row's result does
+ * not depend on its batch. Four tiles form a strip, their lines interleaved, so that a thread reads one stream of memory;
+ * tiles that fill no strip lie one by one. NUM_TILES tiles times at most MAX_ROWS rows are what the registers hold.
  */
 #ifndef CLUSTER_LINEAR_H
 #define CLUSTER_LINEAR_H
@@ -40,12 +41,46 @@ INLINE int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 #define SWITCH_ROWS(CASE, rows, tiles) \
     switch (rows) { SWITCH_ROWS_3(CASE, rows, tiles) }
 #endif
-/* A whole strip, or a matrix's last one tile by tile. */
-#define SWITCH_BLOCK(CASE, rows, tiles)               \
-    if ((tiles) == NUM_TILES) {                       \
-        SWITCH_ROWS(CASE, rows, NUM_TILES)            \
-    } else {                                          \
-        SWITCH_ROWS(CASE, rows, 1)                    \
+#define STRIP_TILES 4
+
+/* Where line 0 of a tile is, and from there to its next line, both in lines. */
+typedef struct {
+    int64_t first, stride;
+} line_range;
+
+INLINE line_range lines_of(int64_t tile, int64_t num_outputs, int64_t lines_per_tile) {
+    int64_t in_strips = ceil_div(num_outputs, LANES) / STRIP_TILES * STRIP_TILES;
+    if (tile >= in_strips) return (line_range){tile * lines_per_tile, 1};
+    return (line_range){tile / STRIP_TILES * STRIP_TILES * lines_per_tile + tile % STRIP_TILES, STRIP_TILES};
+}
+
+/* A task is a run of strips, counting tiles that lie alone as strips: long enough to be read as a stream, short enough
+ * that no thread waits long for another's last one. */
+typedef struct {
+    int64_t num_strips, strips_per_task;
+} task_split;
+
+INLINE task_split split_tasks(int64_t num_outputs) {
+    int64_t num_tiles = ceil_div(num_outputs, LANES);
+    int64_t num_strips = num_tiles / STRIP_TILES + num_tiles % STRIP_TILES;
+    int64_t share = num_strips / (8 * (int64_t)pool_num_threads());
+    return (task_split){num_strips, share < 1 ? 1 : share};
+}
+
+INLINE int64_t num_tasks_of(task_split split) { return ceil_div(split.num_strips, split.strips_per_task); }
+
+/* BODY(tile, tiles) for every block of tiles of task `index`: NUM_TILES of a strip, or one that lies alone. */
+#define FOR_TILES(split, num_outputs, index, BODY)                                                                    \
+    for (int64_t strip = (index) * (split).strips_per_task;                                                           \
+         strip < min_i64(((index) + 1) * (split).strips_per_task, (split).num_strips); strip++) {                     \
+        int64_t whole = ceil_div(num_outputs, LANES) / STRIP_TILES;                                                   \
+        if (strip < whole)                                                                                            \
+            for (int64_t tile = strip * STRIP_TILES; tile < (strip + 1) * STRIP_TILES; tile += NUM_TILES) {           \
+                BODY(tile, NUM_TILES)                                                                                 \
+            }                                                                                                         \
+        else {                                                                                                        \
+            BODY(whole * STRIP_TILES + strip - whole, 1)                                                              \
+        }                                                                                                             \
     }
 
 /* Sixteen outputs of one row, or the last few of them. */

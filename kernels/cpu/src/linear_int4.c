@@ -3,9 +3,9 @@
  * Weights w: 0..15, with a scale and a zero per output and group of inputs. Rows q, s: see quantized_rows.h, with the same
  * groups. Sums within a group are exact integers; groups are added in order, in float32.
  *
- * Packed per tile of 16 outputs: for each group [group / 8][16 outputs][4] bytes, byte i of the four holding input i in its
- * low half and input 4 + i in its high one; then [16] float32 scales, [16] float32 zeros (whole numbers). Inputs are padded
- * to whole groups with the weight zero. group: a multiple of 16.
+ * Packed: lines as linear.h orders them; for each group group / 8 lines of [16 outputs][4] bytes, byte i of the four
+ * holding input i in its low half and input 4 + i in its high one, then a line of [16] ranges: float32 scales whose lowest
+ * four bits are the zero instead. Inputs are padded to whole groups with the zero. group: a multiple of 16.
  */
 #include "program.h"
 #include "quantized_rows.h"
@@ -16,26 +16,28 @@ typedef struct {
     const uint8_t *weight;
     const float *bias;
     float *out;
+    task_split split;
 } product;
 
-/* Bytes of one tile's group: weights, scales, zeros. */
-INLINE int64_t group_bytes(int64_t group) { return group * LANES / 2 + 2 * LANES * (int64_t)sizeof(float); }
+/* Of one group of a tile. */
+INLINE int64_t group_lines(int64_t group) { return group / 8 + 1; }
 
 INLINE void block(const product *p, int64_t row, int64_t tile, const int rows, const int tiles) {
     const int64_t num_groups = p->x.num_groups, group = p->x.group, inputs = num_groups * group;
-    const int64_t stride = group_bytes(group) * num_groups;
+    const line_range lines = lines_of(tile, p->num_outputs, num_groups * group_lines(group));
+    const int64_t stride = tiles == 1 ? lines.stride : STRIP_TILES;
+    const uint8_t *weight = p->weight + lines.first * 64;
     const int8_t *q = p->x.q + row * inputs;
     const float *scale = p->x.scale + row * num_groups;
     const int32_t *q_sum = p->x.sum + row * num_groups;
     f32x16 sum[MAX_ROWS][NUM_TILES] = {};
-    for (int64_t g = 0; g < num_groups; g++) {
-        const uint8_t *weight = p->weight + tile * stride + g * group_bytes(group);
+    for (int64_t g = 0; g < num_groups; g++, weight += group_lines(group) * stride * 64) {
         i32x16 dot[MAX_ROWS][NUM_TILES] = {};
         for (int64_t k = 0; k < group; k += 8) {
             bytes low[NUM_TILES], high[NUM_TILES];
             for (int n = 0; n < tiles; n++) {
                 i32x16 raw;
-                memcpy(&raw, weight + n * stride + k * LANES / 2, sizeof raw);
+                memcpy(&raw, weight + (k / 8 * stride + n) * 64, sizeof raw);
                 low[n] = bytes_unsigned(raw & 0x0f0f0f0f);
                 high[n] = bytes_unsigned((i32x16)((u32x16)raw >> 4) & 0x0f0f0f0f);
             }
@@ -47,8 +49,9 @@ INLINE void block(const product *p, int64_t row, int64_t tile, const int rows, c
             }
         }
         for (int n = 0; n < tiles; n++) {
-            const float *scales = (const float *)(weight + n * stride + group * LANES / 2);
-            f32x16 weight_scale = f32_load(scales), zero = f32_load(scales + LANES);
+            i32x16 range;
+            memcpy(&range, weight + (group / 8 * stride + n) * 64, sizeof range);
+            f32x16 weight_scale = (f32x16)(range & ~15), zero = f32_from_i32(range & 15);
             for (int r = 0; r < rows; r++) { /* the first sum is exact: whole numbers below 2^24 */
                 f32x16 whole = f32_fma(zero, f32_set1((float)-q_sum[r * num_groups + g]), f32_from_i32(dot[r][n]));
                 sum[r][n] = f32_fma(whole, weight_scale * scale[r * num_groups + g], sum[r][n]);
@@ -63,26 +66,25 @@ INLINE void block(const product *p, int64_t row, int64_t tile, const int rows, c
     }
 }
 
-static void strip(void *context, int64_t index, int32_t thread) {
+static void run_task(void *context, int64_t index, int32_t thread) {
     const product *p = context;
     (void)thread;
-    int64_t num_tiles = ceil_div(p->num_outputs, LANES), end = min_i64((index + 1) * NUM_TILES, num_tiles);
-    int64_t tile = index * NUM_TILES;
-    int64_t tiles = end - tile == NUM_TILES ? NUM_TILES : 1;
-    for (; tile < end; tile += tiles)
-        for (int64_t row = 0; row < p->x.num_rows; row += MAX_ROWS) {
-#define CASE(rows, tiles) block(p, row, tile, rows, tiles)
-            SWITCH_BLOCK(CASE, min_i64(MAX_ROWS, p->x.num_rows - row), tiles)
+#define CASE(rows, tiles) block(p, row, first, rows, tiles)
+#define BODY(tile, tiles)                                                            \
+    for (int64_t row = 0, first = tile; row < p->x.num_rows; row += MAX_ROWS) {      \
+        SWITCH_ROWS(CASE, min_i64(MAX_ROWS, p->x.num_rows - row), tiles)             \
+    }
+    FOR_TILES(p->split, p->num_outputs, index, BODY)
+#undef BODY
 #undef CASE
-        }
 }
 
 /* scratch: rows * groups * (group + 8) bytes. */
 void OP(linear_int4)(const float *x, int64_t num_rows, int64_t num_inputs, int64_t num_outputs, int64_t group,
                      const uint8_t *weight, const float *bias, float *out, uint8_t *scratch) {
-    product p = {quantized_rows_in(scratch, x, num_rows, num_inputs, group), num_outputs, weight, bias, out};
+    product p = {quantized_rows_in(scratch, x, num_rows, num_inputs, group), num_outputs, weight, bias, out, split_tasks(num_outputs)};
     quantize(&p.x);
-    pool_run(ceil_div(ceil_div(num_outputs, LANES), NUM_TILES), strip, &p);
+    pool_run(num_tasks_of(p.split), run_task, &p);
 }
 
 void OP(linear_int4_replay)(const cell *a) {
@@ -91,13 +93,26 @@ void OP(linear_int4_replay)(const cell *a) {
 
 typedef struct {
     const float *rows;
-    int64_t num_rows, num_inputs, group, num_groups;
+    int64_t num_rows, num_inputs, num_outputs, group, num_groups, first_tile;
     uint8_t *weight;
 } packing;
 
 typedef struct {
     float scale, zero;
 } range;
+
+/* The scale as it is stored: its lowest four bits make room for the zero. */
+static uint32_t scale_bits(float scale) {
+    uint32_t bits;
+    memcpy(&bits, &scale, sizeof bits);
+    return bits & ~(uint32_t)15;
+}
+
+static float stored_scale(float scale) {
+    uint32_t bits = scale_bits(scale);
+    memcpy(&scale, &bits, sizeof scale);
+    return scale;
+}
 
 /* Squared error of `from` in 0..15 steps of r. */
 static float range_error(const float *from, int64_t count, range r) {
@@ -123,7 +138,7 @@ static range best_range(const float *from, int64_t count) {
     range best = {0};
     float least = INFINITY;
     for (int step = 0; step < 8; step++) {
-        float shrink = 1.0f - 0.05f * (float)step, scale = (high - low) * shrink / 15.0f;
+        float shrink = 1.0f - 0.05f * (float)step, scale = stored_scale((high - low) * shrink / 15.0f);
         if (!(1.0f / scale <= 3.4e38f)) return (range){0.0f, 8.0f};
         float zero = rintf(-low * shrink / scale);
         range candidate = {scale, zero < 0 ? 0 : zero > 15 ? 15 : zero};
@@ -133,55 +148,58 @@ static range best_range(const float *from, int64_t count) {
     return best;
 }
 
-static void pack_group(uint8_t *to, int64_t group, int64_t o, const float *from, int64_t count) {
+/* `to` is the group's first line, the next ones are `stride` lines apart. */
+static void pack_group(uint8_t *to, int64_t stride, int64_t group, int64_t o, const float *from, int64_t count) {
     range r = best_range(from, count);
     float inverse = r.scale > 0 ? 1.0f / r.scale : 0.0f;
     for (int64_t k = 0; k < group; k++) {
         float level = k < count ? rintf(from[k] * inverse) + r.zero : r.zero;
         uint8_t nibble = (uint8_t)(level < 0 ? 0 : level > 15 ? 15 : level);
-        to[k / 8 * 64 + o * 4 + k % 4] |= (uint8_t)(k % 8 < 4 ? nibble : nibble << 4);
+        to[k / 8 * stride * 64 + o * 4 + k % 4] |= (uint8_t)(k % 8 < 4 ? nibble : nibble << 4);
     }
-    float *scales = (float *)(to + group * LANES / 2);
-    scales[o] = r.scale;
-    scales[LANES + o] = r.zero;
+    uint32_t bits = scale_bits(r.scale) | (uint32_t)r.zero;
+    memcpy(to + group / 8 * stride * 64 + o * 4, &bits, sizeof bits);
 }
 
 static void pack_tile(void *context, int64_t index, int32_t thread) {
     const packing *p = context;
     (void)thread;
-    for (int64_t g = 0; g < p->num_groups; g++) {
-        uint8_t *to = p->weight + (index * p->num_groups + g) * group_bytes(p->group);
-        memset(to, 0, (size_t)group_bytes(p->group));
+    int64_t num_lines = p->num_groups * group_lines(p->group);
+    line_range lines = lines_of(p->first_tile + index, p->num_outputs, num_lines);
+    uint8_t *to = p->weight + lines.first * 64;
+    for (int64_t line = 0; line < num_lines; line++) memset(to + line * lines.stride * 64, 0, 64);
+    for (int64_t g = 0; g < p->num_groups; g++, to += group_lines(p->group) * lines.stride * 64)
         for (int64_t o = 0; o < min_i64(LANES, p->num_rows - index * LANES); o++)
-            pack_group(to, p->group, o, p->rows + (index * LANES + o) * p->num_inputs + g * p->group,
+            pack_group(to, lines.stride, p->group, o, p->rows + (index * LANES + o) * p->num_inputs + g * p->group,
                        min_i64(p->group, p->num_inputs - g * p->group));
-    }
 }
 
 /* Packs outputs first_row .. first_row + num_rows of a matrix. first_row is a multiple of 16, and so is the end unless it
  * is the matrix's. */
 void OP(pack_int4)(const float *rows, int64_t num_rows, int64_t num_inputs, int64_t num_outputs, int64_t group,
                    int64_t first_row, uint8_t *weight) {
-    (void)num_outputs;
-    int64_t num_groups = ceil_div(num_inputs, group);
-    packing p = {rows, num_rows, num_inputs, group, num_groups,
-                 weight + first_row / LANES * num_groups * group_bytes(group)};
+    packing p = {rows, num_rows, num_inputs, num_outputs, group, ceil_div(num_inputs, group), first_row / LANES, weight};
     pool_run(ceil_div(num_rows, LANES), pack_tile, &p);
 }
 
 /* Output rows[i] of the matrix, as the kernel takes it, to out[i]. */
 void OP(unpack_int4)(const int64_t *rows, int64_t num_rows, int64_t num_inputs, int64_t num_outputs, int64_t group,
                      const uint8_t *weight, float *out) {
-    (void)num_outputs;
     int64_t num_groups = ceil_div(num_inputs, group);
     for (int64_t i = 0; i < num_rows; i++, out += num_inputs) {
-        int64_t o = rows[i] % LANES;
-        for (int64_t k = 0; k < num_inputs; k++) {
-            const uint8_t *from = weight + (rows[i] / LANES * num_groups + k / group) * group_bytes(group);
-            const float *scales = (const float *)(from + group * LANES / 2);
-            int64_t j = k % group;
-            uint8_t pair = from[j / 8 * 64 + o * 4 + j % 4];
-            out[k] = ((float)(j % 8 < 4 ? pair & 15 : pair >> 4) - scales[LANES + o]) * scales[o];
+        line_range lines = lines_of(rows[i] / LANES, num_outputs, num_groups * group_lines(group));
+        const uint8_t *from = weight + lines.first * 64 + rows[i] % LANES * 4;
+        for (int64_t g = 0; g < num_groups; g++, from += group_lines(group) * lines.stride * 64) {
+            uint32_t bits;
+            memcpy(&bits, from + group / 8 * lines.stride * 64, sizeof bits);
+            float scale, zero = (float)(bits & 15);
+            bits &= ~(uint32_t)15;
+            memcpy(&scale, &bits, sizeof scale);
+            for (int64_t k = g * group; k < min_i64((g + 1) * group, num_inputs); k++) {
+                int64_t j = k % group;
+                uint8_t pair = from[j / 8 * lines.stride * 64 + j % 4];
+                out[k] = ((float)(j % 8 < 4 ? pair & 15 : pair >> 4) - zero) * scale;
+            }
         }
     }
 }

@@ -4,8 +4,8 @@
  * the dot product takes. Rows q, s: see quantized_rows.h. Sums within a group are exact integers; groups are added in
  * order, in float32.
  *
- * Packed: [tiles][padded inputs / 4][16 outputs][4 inputs] bytes, then [tiles * 16] scales. Inputs are padded to whole
- * groups with zeros. group: a multiple of 16.
+ * Packed: lines of [16 outputs][4 inputs] bytes as linear.h orders them, then [tiles * 16] scales. Inputs are padded to
+ * whole groups with zeros. group: a multiple of 16.
  */
 #include "program.h"
 #include "quantized_rows.h"
@@ -16,6 +16,7 @@ typedef struct {
     const uint8_t *weight;
     const float *weight_scale, *bias;
     float *out;
+    task_split split;
 } product;
 
 /* Behind the weights. */
@@ -25,7 +26,9 @@ INLINE const float *scales_of(const uint8_t *weight, int64_t num_outputs, int64_
 
 INLINE void block(const product *p, int64_t row, int64_t tile, const int rows, const int tiles) {
     const int64_t num_groups = p->x.num_groups, group = p->x.group, inputs = num_groups * group;
-    const uint8_t *weight = p->weight + tile * inputs * LANES;
+    const line_range lines = lines_of(tile, p->num_outputs, inputs / 4);
+    const int64_t stride = tiles == 1 ? lines.stride : STRIP_TILES;
+    const uint8_t *weight = p->weight + lines.first * 64;
     const int8_t *q = p->x.q + row * inputs;
     const float *scale = p->x.scale + row * num_groups;
     const int32_t *q_sum = p->x.sum + row * num_groups;
@@ -38,7 +41,7 @@ INLINE void block(const product *p, int64_t row, int64_t tile, const int rows, c
             bytes w[NUM_TILES];
             for (int n = 0; n < tiles; n++) {
                 i32x16 raw;
-                memcpy(&raw, weight + (n * inputs + k) * LANES, sizeof raw);
+                memcpy(&raw, weight + (k / 4 * stride + n) * 64, sizeof raw);
                 w[n] = bytes_unsigned(raw);
             }
             for (int r = 0; r < rows; r++) {
@@ -59,27 +62,26 @@ INLINE void block(const product *p, int64_t row, int64_t tile, const int rows, c
     }
 }
 
-static void strip(void *context, int64_t index, int32_t thread) {
+static void run_task(void *context, int64_t index, int32_t thread) {
     const product *p = context;
     (void)thread;
-    int64_t num_tiles = ceil_div(p->num_outputs, LANES), end = min_i64((index + 1) * NUM_TILES, num_tiles);
-    int64_t tile = index * NUM_TILES;
-    int64_t tiles = end - tile == NUM_TILES ? NUM_TILES : 1;
-    for (; tile < end; tile += tiles)
-        for (int64_t row = 0; row < p->x.num_rows; row += MAX_ROWS) {
-#define CASE(rows, tiles) block(p, row, tile, rows, tiles)
-            SWITCH_BLOCK(CASE, min_i64(MAX_ROWS, p->x.num_rows - row), tiles)
+#define CASE(rows, tiles) block(p, row, first, rows, tiles)
+#define BODY(tile, tiles)                                                            \
+    for (int64_t row = 0, first = tile; row < p->x.num_rows; row += MAX_ROWS) {      \
+        SWITCH_ROWS(CASE, min_i64(MAX_ROWS, p->x.num_rows - row), tiles)             \
+    }
+    FOR_TILES(p->split, p->num_outputs, index, BODY)
+#undef BODY
 #undef CASE
-        }
 }
 
 /* scratch: rows * groups * (group + 8) bytes. */
 void OP(linear_int8)(const float *x, int64_t num_rows, int64_t num_inputs, int64_t num_outputs, int64_t group,
                      const uint8_t *weight, const float *bias, float *out, uint8_t *scratch) {
-    product p = {quantized_rows_in(scratch, x, num_rows, num_inputs, group), num_outputs, weight, NULL, bias, out};
+    product p = {quantized_rows_in(scratch, x, num_rows, num_inputs, group), num_outputs, weight, NULL, bias, out, split_tasks(num_outputs)};
     p.weight_scale = scales_of(weight, num_outputs, p.x.num_groups * group);
     quantize(&p.x);
-    pool_run(ceil_div(ceil_div(num_outputs, LANES), NUM_TILES), strip, &p);
+    pool_run(num_tasks_of(p.split), run_task, &p);
 }
 
 void OP(linear_int8_replay)(const cell *a) {
@@ -88,7 +90,7 @@ void OP(linear_int8_replay)(const cell *a) {
 
 typedef struct {
     const float *rows;
-    int64_t num_rows, num_inputs, padded_inputs;
+    int64_t num_rows, num_inputs, num_outputs, padded_inputs, first_tile;
     uint8_t *weight;
     float *weight_scale;
 } packing;
@@ -96,10 +98,11 @@ typedef struct {
 static void pack_tile(void *context, int64_t index, int32_t thread) {
     const packing *p = context;
     (void)thread;
-    uint8_t *to = p->weight + index * LANES * p->padded_inputs;
-    memset(to, 128, (size_t)(LANES * p->padded_inputs));
+    line_range lines = lines_of(p->first_tile + index, p->num_outputs, p->padded_inputs / 4);
+    uint8_t *to = p->weight + lines.first * 64;
+    for (int64_t line = 0; line < p->padded_inputs / 4; line++) memset(to + line * lines.stride * 64, 128, 64);
     for (int64_t o = 0; o < LANES; o++) {
-        float *scale = p->weight_scale + index * LANES + o;
+        float *scale = p->weight_scale + (p->first_tile + index) * LANES + o;
         *scale = 0;
         if (index * LANES + o >= p->num_rows) continue;
         const float *from = p->rows + (index * LANES + o) * p->num_inputs;
@@ -108,7 +111,7 @@ static void pack_tile(void *context, int64_t index, int32_t thread) {
         float inverse = absmax > 0 ? 127.0f / absmax : 0.0f;
         *scale = absmax / 127.0f;
         for (int64_t k = 0; k < p->num_inputs; k++)
-            to[k / 4 * 64 + o * 4 + k % 4] = (uint8_t)((int32_t)rintf(from[k] * inverse) + 128);
+            to[k / 4 * lines.stride * 64 + o * 4 + k % 4] = (uint8_t)((int32_t)rintf(from[k] * inverse) + 128);
     }
 }
 
@@ -117,8 +120,8 @@ static void pack_tile(void *context, int64_t index, int32_t thread) {
 void OP(pack_int8)(const float *rows, int64_t num_rows, int64_t num_inputs, int64_t num_outputs, int64_t group,
                    int64_t first_row, uint8_t *weight) {
     int64_t padded = ceil_div(num_inputs, group) * group;
-    packing p = {rows, num_rows, num_inputs, padded, weight + first_row * padded, NULL};
-    p.weight_scale = (float *)scales_of(weight, num_outputs, padded) + first_row;
+    float *scale = (float *)scales_of(weight, num_outputs, padded);
+    packing p = {rows, num_rows, num_inputs, num_outputs, padded, first_row / LANES, weight, scale};
     pool_run(ceil_div(num_rows, LANES), pack_tile, &p);
 }
 
@@ -128,9 +131,10 @@ void OP(unpack_int8)(const int64_t *rows, int64_t num_rows, int64_t num_inputs, 
     int64_t padded = ceil_div(num_inputs, group) * group;
     const float *scale = scales_of(weight, num_outputs, padded);
     for (int64_t i = 0; i < num_rows; i++, out += num_inputs) {
-        const uint8_t *from = weight + rows[i] / LANES * LANES * padded + rows[i] % LANES * 4;
+        line_range lines = lines_of(rows[i] / LANES, num_outputs, padded / 4);
+        const uint8_t *from = weight + lines.first * 64 + rows[i] % LANES * 4;
         for (int64_t k = 0; k < num_inputs; k++)
-            out[k] = (float)(from[k / 4 * 64 + k % 4] - 128) * scale[rows[i]];
+            out[k] = (float)(from[k / 4 * lines.stride * 64 + k % 4] - 128) * scale[rows[i]];
     }
 }
 

@@ -148,6 +148,11 @@ INLINE f32x16 f32_exp(f32x16 a) {
 /* --- 16-bit formats --- */
 
 INLINE f32x16 f32_from_bf16(const uint16_t *from) {
+#if defined(__AVX512F__)
+    __m256i packed;
+    memcpy(&packed, from, sizeof packed);
+    return (f32x16)_mm512_slli_epi32(_mm512_cvtepu16_epi32(packed), 16);
+#endif
     u16x16 half;
     memcpy(&half, from, sizeof half);
     return (f32x16)(__builtin_convertvector(half, u32x16) << 16);
