@@ -2,11 +2,13 @@
 against these.
 
 Shapes: T tokens of a step, S its sequences, B blocks of the longest table, D hidden or head size, F intermediate size,
-H query heads, G key-value heads (H is a multiple of G), N heads of either kind, L context length.
+H query heads, G key-value heads (H is a multiple of G), N heads of either kind, L context length, R rows that sample, V
+vocabulary.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 
 import torch
@@ -119,3 +121,90 @@ def rotary_and_cache(
     q_THD, k_TGD = turned_TND.split((num_heads, num_kv_heads), dim=1)
     reshape_and_cache(k_TGD, qkv_TND[:, num_heads + num_kv_heads :], kv_cache, slot_mapping_T)
     return q_THD
+
+
+def matmul_int8(x_TI: Tensor, q_OI: Tensor, scales_O: Tensor, bias_O: Tensor | None) -> Tensor:
+    """``y_to = scale_o * sum_i x_ti q_oi + b_o`` (I inputs, O outputs), in x's dtype."""
+    y_TO = x_TI.float() @ q_OI.float().T * scales_O.float()
+    return (y_TO if bias_O is None else y_TO + bias_O.float()).to(x_TI.dtype)
+
+
+def matmul_int4(
+    x_TI: Tensor, q_OI: Tensor, scales_OK: Tensor, zeros_OK: Tensor, bias_O: Tensor | None, *, group_size: int
+) -> Tensor:
+    """``y_to = sum_i x_ti scale_ok (q_oi - zero_ok) + b_o`` with k the group of ``group_size`` inputs that i is in."""
+    scales_OI = scales_OK.float().repeat_interleave(group_size, dim=1)[:, : x_TI.shape[1]]
+    zeros_OI = zeros_OK.float().repeat_interleave(group_size, dim=1)[:, : x_TI.shape[1]]
+    y_TO = x_TI.float() @ (scales_OI * (q_OI.float() - zeros_OI)).T
+    return (y_TO if bias_O is None else y_TO + bias_O.float()).to(x_TI.dtype)
+
+
+def gumbel(key: int, vocab_size: int) -> Tensor:
+    """float64 (V,): ``-log(-log(1 - u_t))``, ``u_t`` the upper 63 bits of output t of SplitMix64 (Steele, Lea and
+    Flood, OOPSLA 2014) started at ``key``, the last of them set, over 2**63."""
+    mask, noise = 2**64 - 1, []
+    for token in range(vocab_size):
+        state = key + (token + 1) * 0x9E3779B97F4A7C15 & mask
+        state = (state ^ state >> 30) * 0xBF58476D1CE4E5B9 & mask
+        state = (state ^ state >> 27) * 0x94D049BB133111EB & mask
+        u = min(((state ^ state >> 31) >> 1 | 1) / 2**63, 1 - 2**-24)
+        noise.append(-math.log(-math.log1p(-u)))
+    return torch.tensor(noise, dtype=torch.float64)
+
+
+def sample(
+    scores_RV: Tensor,
+    keys: Sequence[int],
+    temperatures: Sequence[float],
+    top_ks: Sequence[int],
+    top_ps: Sequence[float],
+    min_ps: Sequence[float],
+) -> Tensor:
+    """One token of V per row: the likeliest for temperatures below 1e-5, else drawn by Gumbel-max from what the filters
+    keep of ``softmax(scores / temperature)``: top_k (0: off), top_p over what that left, min_p. Ties at a filter's edge
+    stay together; a tie of the maximum goes to the lowest id. Gives int64 (R,)."""
+    tokens = []
+    for index, scores_V in enumerate(scores_RV):
+        if temperatures[index] < 1e-5:
+            tokens.append(scores_V.argmax())
+            continue
+        x_V = (scores_V - scores_V.max()) / temperatures[index]
+        kept_V = torch.ones_like(x_V, dtype=torch.bool)
+        if 0 < top_ks[index] < len(x_V):
+            kept_V &= x_V >= x_V.topk(top_ks[index]).values[-1]
+        if top_ps[index] < 1:
+            ranked_V, order_V = x_V.sort(descending=True)
+            weights_V = ranked_V.double().exp() * kept_V[order_V]
+            before_V = weights_V.cumsum(0) - weights_V
+            kept_V &= x_V >= ranked_V[before_V < top_ps[index] * weights_V.sum()].min()
+        if min_ps[index] > 0:
+            kept_V &= x_V >= math.log(min_ps[index])
+        drawn_V = x_V.double() + gumbel(keys[index], len(x_V)).to(x_V.device)
+        tokens.append(drawn_V.masked_fill(~kept_V, -math.inf).argmax())
+    return torch.stack(tokens)
+
+
+def apply_penalties(
+    scores_V: Tensor,
+    prompt_token_ids: Sequence[int],
+    output_token_ids: Sequence[int],
+    *,
+    repetition: float = 1.0,
+    presence: float = 0.0,
+    frequency: float = 0.0,
+    biases: dict[int, float] | None = None,
+    suppressed: Sequence[int] = (),
+) -> Tensor:
+    """One row of scores, penalised for what was said: divided by ``repetition`` (multiplied, if negative) for every
+    token seen, less ``presence`` and ``frequency`` times its count for every token of the output; plus ``biases``; -1e30
+    for ``suppressed`` tokens."""
+    adjusted_V = scores_V.clone()
+    for token in {*prompt_token_ids, *output_token_ids}:
+        adjusted_V[token] = adjusted_V[token] / repetition if adjusted_V[token] > 0 else adjusted_V[token] * repetition
+    for token in set(output_token_ids):
+        adjusted_V[token] -= presence + frequency * list(output_token_ids).count(token)
+    for token, bias in (biases or {}).items():
+        adjusted_V[token] += bias
+    adjusted_V.clamp_(-1e30, 1e30)
+    adjusted_V[list(suppressed)] = -1e30
+    return adjusted_V
