@@ -196,8 +196,8 @@ def apply_penalties(
     suppressed: Sequence[int] = (),
 ) -> Tensor:
     """One row of scores, penalised for what was said: divided by ``repetition`` (multiplied, if negative) for every
-    token seen, less ``presence`` and ``frequency`` times its count for every token of the output; plus ``biases``; -1e30
-    for ``suppressed`` tokens."""
+    token seen, less ``presence`` and ``frequency`` times its count for every token of the output; plus ``biases``;
+    -1e30 for ``suppressed`` tokens."""
     adjusted_V = scores_V.clone()
     for token in {*prompt_token_ids, *output_token_ids}:
         adjusted_V[token] = adjusted_V[token] / repetition if adjusted_V[token] > 0 else adjusted_V[token] * repetition
