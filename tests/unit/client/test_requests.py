@@ -4,7 +4,7 @@ from cluster.client.requests import GenerateOptions, prompt_request
 from cluster.core.request import SamplingParams
 from cluster.v1 import inference_pb2 as pb
 
-OWN = {"model", "priority", "deadline_s", "request_id", "labels"}
+OWN = {"model", "priority", "deadline_s", "request_id", "labels", "cache_salt"}
 
 
 def test_every_sampling_parameter_is_an_option():
