@@ -41,10 +41,10 @@ class Timeline:
 
     @property
     def decode_tokens_per_s(self) -> float | None:
-        """Tokens that came after every request had its first, over the time from then to the end. None: there are none.
+        """Tokens that came after every request had its first, over the time from then to the end.
 
-        The prompts are computed by then, so this is decode alone; what the earlier requests had generated meanwhile does
-        not count.
+        The prompts are computed by then, so this is decode alone; what the earlier requests had generated meanwhile
+        does not count. None: no token came later.
         """
         start_s = self.all_started_s
         if start_s is None:

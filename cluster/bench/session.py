@@ -1,0 +1,180 @@
+"""A real engine in this process, driven by token ids, with the parts of its steps timed."""
+
+from __future__ import annotations
+
+import itertools
+import random
+import statistics
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, fields
+from pathlib import Path
+
+from cluster.bench.timeline import Timeline
+from cluster.core.config import SchedulerConfig
+from cluster.core.model_info import ModelInfo
+from cluster.core.request import SamplingParams
+from cluster.core.step import StepInput, StepOutput
+from cluster.engine.config import EngineConfig
+from cluster.engine.engine import Engine
+from cluster.engine.submission import Submission
+from cluster.worker.config import WorkerConfig
+from cluster.worker.local_executor import LocalExecutor
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class StepParts:
+    """Seconds of a step by part.
+
+    Attributes:
+        schedule: to plan it.
+        inputs: to make its arrays, and the worker's other bookkeeping.
+        forward: the model, output head included.
+        sampling: to draw the tokens.
+        output: to take them in and hand them out.
+    """
+
+    schedule: float
+    inputs: float
+    forward: float
+    sampling: float
+    output: float
+
+
+@dataclass(frozen=True, kw_only=True)
+class Run:
+    """What a batch of requests took.
+
+    Attributes:
+        decode_steps: of the steps after every request had its first token.
+    """
+
+    timeline: Timeline
+    decode_steps: list[StepParts]
+
+    def median_parts(self) -> StepParts | None:
+        """Of the decode steps; None where there are none."""
+        if not self.decode_steps:
+            return None
+        return StepParts(
+            **{
+                field.name: statistics.median(getattr(step, field.name) for step in self.decode_steps)
+                for field in fields(StepParts)
+            }
+        )
+
+
+class _TimedExecutor:
+    """An executor that notes when its step was handed over and when it was done."""
+
+    def __init__(self, inner: LocalExecutor) -> None:
+        self._inner = inner
+        self.model = inner.model
+        self.max_in_flight = inner.max_in_flight
+        self.submitted = self.collecting = self.collected = 0.0
+        self.output: StepOutput | None = None
+
+    def submit(self, step: StepInput) -> None:
+        self.submitted = time.perf_counter()
+        self._inner.submit(step)
+
+    def collect(self) -> StepOutput:
+        self.collecting = time.perf_counter()
+        self.output = self._inner.collect()
+        self.collected = time.perf_counter()
+        return self.output
+
+    def shutdown(self) -> None:
+        self._inner.shutdown()
+
+
+class Session:
+    """A context manager; leaving it releases the model."""
+
+    def __init__(self, checkpoint: Path, worker: WorkerConfig, scheduler: SchedulerConfig) -> None:
+        """Loads the model.
+
+        Raises:
+            ConfigError: the machine cannot hold it.
+            CheckpointError: the checkpoint is missing or broken.
+            Unsupported: its architecture does not run here.
+        """
+        executor = LocalExecutor(checkpoint, worker, scheduler.max_num_seqs, scheduler.max_num_batched_tokens)
+        self._executor = _TimedExecutor(executor)
+        self._engine = Engine(self._executor, EngineConfig(scheduler=scheduler))
+        self._ids = itertools.count()
+
+    @property
+    def model(self) -> ModelInfo:
+        return self._engine.model
+
+    def __enter__(self) -> Session:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._engine.shutdown()
+
+    def run(
+        self, prompts: Sequence[Sequence[int]], new_tokens: int, on_tokens: Callable[[int, int], None] | None = None
+    ) -> Run:
+        """Completes the prompts together: greedy, to exactly ``new_tokens`` each.
+
+        Args:
+            on_tokens: called with a prompt's index and a number of its tokens, as they come.
+
+        Raises:
+            InvalidRequest: a prompt and its completion do not fit into the context.
+            EngineFault: the model failed.
+        """
+        sampling = SamplingParams(temperature=0.0, max_tokens=new_tokens, ignore_eos=True, seed=0)
+        timeline, steps = Timeline(len(prompts)), list[tuple[float, StepParts]]()
+        requests = {next(self._ids): index for index in range(len(prompts))}
+        start = time.perf_counter()
+        for submission_id, index in requests.items():
+            self._engine.add(
+                Submission(submission_id=submission_id, prompt_token_ids=prompts[index], sampling=sampling)
+            )
+        while self._engine.has_work:
+            began = time.perf_counter()
+            events = self._engine.step()
+            done = time.perf_counter()
+            for failure in events.failures:
+                raise failure.error
+            for delta in events.deltas:
+                request, count = requests[delta.submission_id], len(delta.token_ids)
+                timeline.record(done - start, request, count)
+                if on_tokens is not None:
+                    on_tokens(request, count)
+            steps.append((done - start, self._parts(began, done)))
+        started_s = timeline.all_started_s or 0.0
+        return Run(timeline=timeline, decode_steps=[parts for at_s, parts in steps if at_s > started_s])
+
+    def _parts(self, began: float, done: float) -> StepParts:
+        timed, output = self._executor, self._executor.output
+        forward, sampling = (output.forward_s, output.sampling_s) if output is not None else (0.0, 0.0)
+        return StepParts(
+            schedule=timed.submitted - began,
+            inputs=timed.collected - timed.collecting - forward - sampling,
+            forward=forward,
+            sampling=sampling,
+            output=done - timed.collected,
+        )
+
+
+def random_prompts(draw: random.Random, num_prompts: int, num_tokens: int, vocab_size: int) -> list[list[int]]:
+    """Prompts that share no prefix."""
+    return [[draw.randrange(vocab_size) for _ in range(num_tokens)] for _ in range(num_prompts)]
+
+
+def scheduler_for(num_requests: int) -> SchedulerConfig:
+    """The defaults, with room for exactly ``num_requests``."""
+    default = SchedulerConfig()
+    return SchedulerConfig(
+        max_num_seqs=num_requests, max_num_batched_tokens=max(default.max_num_batched_tokens, num_requests)
+    )
+
+
+def pool_bytes(kv_bytes_per_token: int, block_size: int, num_requests: int, num_tokens: int) -> int:
+    """Of a KV pool that holds ``num_requests`` of ``num_tokens`` each, and a block to spare for each."""
+    blocks_each = -(-num_tokens // block_size) + 1
+    return num_requests * blocks_each * block_size * kv_bytes_per_token
