@@ -41,17 +41,25 @@ def draw_token(seed: int, candidate_index: int, position: int, vocab_size: int) 
 class _WorkerSequence:
     def __init__(self, new: NewSequence) -> None:
         self.new = new
-        self.token_ids = list(new.token_ids)
+        self.token_ids: list[int] = []
+        self.contents: list[int] = []  # of each position's KV: it depends on every token up to there
+        for token_id in new.token_ids:
+            self.append(token_id)
         self.block_ids: list[int] = []
-        self.num_computed_tokens = 0
+        self.num_computed_tokens: int | None = None  # until its first share says
         self.failed = ""
+
+    def append(self, token_id: int) -> None:
+        self.token_ids.append(token_id)
+        self.contents.append(hash((self.contents[-1] if self.contents else 0, token_id)))
 
 
 class FakeExecutor:
     """An executor without a model: a token depends on (seed, candidate, position) alone, or follows a script.
 
-    It keeps a KV cache of (sequence, position, token) and reads back every position that attention would read, so a
-    block that two sequences write, a gap or a stale table fails the test. A step is computed when it is submitted.
+    It keeps a KV cache whose entries stand for all tokens up to their position, as real ones do, moves blocks as it is
+    told to, and reads back every position that attention would read. So a block that two sequences write, a cached one
+    of another text, a gap or a stale table fails the test. A step is computed when it is submitted.
 
     Args:
         script: completion tokens by index; every sequence follows it, and draws where it ends.
@@ -81,12 +89,18 @@ class FakeExecutor:
         self._outputs: deque[StepOutput] = deque()
         self._sequences: dict[int, _WorkerSequence] = {}
         self._dropped: dict[int, list[int]] = {}
-        self._kv: dict[tuple[int, int], tuple[int, int, int]] = {}
+        self._kv: dict[tuple[int, int], int] = {}
+        self._parked: dict[int, list[int | None]] = {}  # contents by position
 
     @property
     def held(self) -> set[int]:
         """Ids of the sequences whose state the worker holds."""
         return set(self._sequences)
+
+    @property
+    def parked(self) -> set[int]:
+        """Ids of the sequences that have blocks in host memory."""
+        return set(self._parked)
 
     def submit(self, step: StepInput) -> None:
         assert not self.is_shut_down, "submit after shutdown"
@@ -96,8 +110,11 @@ class FakeExecutor:
         self._raise_if_faulty("submit", step.step_id)
         self.steps.append(step)
         for sequence_id in step.dropped:
-            assert sequence_id in self._sequences, f"sequence {sequence_id} is dropped, but not held"
-            self._dropped[sequence_id] = self._sequences.pop(sequence_id).token_ids
+            assert sequence_id in self.held | self.parked, f"sequence {sequence_id} is dropped, but not held"
+            self._parked.pop(sequence_id, None)
+            if sequence_id in self._sequences:
+                self._dropped[sequence_id] = self._sequences.pop(sequence_id).token_ids
+        self._move(step)
         for new in step.new:
             assert new.sequence_id not in self._sequences, f"sequence {new.sequence_id} is new, but held"
             assert new.sampling.seed is not None, "a sequence without a seed"
@@ -114,6 +131,31 @@ class FakeExecutor:
                 failed={i: why for i, why in sampled.items() if isinstance(why, str)},
             )
         )
+
+    def _move(self, step: StepInput) -> None:
+        """Blocks that are parked, resumed and copied."""
+        for blocks in step.parked:
+            assert blocks.sequence_id in step.dropped, "a sequence is parked, but not dropped"
+            assert blocks.first_index == 0, "the head of a sequence is not parked"
+            self._parked[blocks.sequence_id] = [content for i in blocks.block_ids for content in self._read_block(i)]
+        for blocks in step.resumed:
+            assert blocks.sequence_id in self._parked, "a sequence is resumed, but not parked"
+            assert blocks.sequence_id in {new.sequence_id for new in step.new}, "a sequence is resumed, but not sent"
+            contents, size = self._parked.pop(blocks.sequence_id), self.model.block_size
+            for index, block_id in enumerate(blocks.block_ids, start=blocks.first_index):
+                self._write_block(block_id, contents[index * size : (index + 1) * size])
+        for source, destination in step.copies:
+            self._write_block(destination, self._read_block(source))
+
+    def _read_block(self, block_id: int) -> list[int | None]:
+        return [self._kv.get((block_id, offset)) for offset in range(self.model.block_size)]
+
+    def _write_block(self, block_id: int, contents: Sequence[int | None]) -> None:
+        assert len(contents) == self.model.block_size, "a block is resumed that was not parked"
+        for offset, content in enumerate(contents):
+            self._kv.pop((block_id, offset), None)
+            if content is not None:
+                self._kv[block_id, offset] = content
 
     def collect(self) -> StepOutput:
         assert self._outputs, "nothing to collect"
@@ -132,7 +174,8 @@ class FakeExecutor:
         sequence = self._sequences[share.sequence_id]
         if sequence.failed:
             return sequence.failed
-        assert share.num_computed_tokens == sequence.num_computed_tokens, "computed tokens do not continue"
+        computed = (None, share.num_computed_tokens)
+        assert sequence.num_computed_tokens in computed, "computed tokens do not continue"
         assert share.num_new_tokens >= 1, "an empty share"
         end = share.num_computed_tokens + share.num_new_tokens
         assert end <= len(sequence.token_ids), "a share reaches past the known tokens"
@@ -140,10 +183,10 @@ class FakeExecutor:
         sequence.block_ids += share.new_block_ids
         assert end <= len(sequence.block_ids) * self.model.block_size, "the block table is too short"
         for position in range(share.num_computed_tokens, end):
-            self._kv[self._slot(sequence, position)] = (share.sequence_id, position, sequence.token_ids[position])
+            self._kv[self._slot(sequence, position)] = sequence.contents[position]
         for position in range(end):
-            entry = self._kv[self._slot(sequence, position)]
-            assert entry == (share.sequence_id, position, sequence.token_ids[position]), "KV of another token"
+            content = self._kv.get(self._slot(sequence, position))
+            assert content == sequence.contents[position], f"KV of another token at position {position}"
         sequence.num_computed_tokens = end
         if not share.samples:
             return None
@@ -165,7 +208,7 @@ class FakeExecutor:
         else:
             assert new.sampling.seed is not None
             token_id = draw_token(new.sampling.seed, new.candidate_index, position, self.model.vocab_size)
-        sequence.token_ids.append(token_id)
+        sequence.append(token_id)
         logprobs = new.sampling.logprobs
         return SampledToken(
             token_id=token_id,
