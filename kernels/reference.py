@@ -147,7 +147,7 @@ def gumbel(key: int, vocab_size: int) -> Tensor:
         state = key + (token + 1) * 0x9E3779B97F4A7C15 & mask
         state = (state ^ state >> 30) * 0xBF58476D1CE4E5B9 & mask
         state = (state ^ state >> 27) * 0x94D049BB133111EB & mask
-        u = min(((state ^ state >> 31) >> 1 | 1) / 2**63, 1 - 2**-24)
+        u = min(((state ^ state >> 31) >> 1 | 1) / 2**63, 1 - 2**-53)
         noise.append(-math.log(-math.log1p(-u)))
     return torch.tensor(noise, dtype=torch.float64)
 
