@@ -117,15 +117,11 @@ def library() -> Library | None:
 
 def _opened() -> ctypes.CDLL | None:
     try:
-        if not LIBRARY.is_file() or _digest_of(ctypes.CDLL(str(LIBRARY))) != source_digest():
+        # Looked for in the file: a stale library that is loaded once stays loaded in place of the fresh one.
+        if not LIBRARY.is_file() or source_digest().encode() not in LIBRARY.read_bytes():
             build()
         handle = ctypes.CDLL(str(LIBRARY))
     except (BuildError, OSError) as error:
         _log.warning("the CPU kernels are not compiled, torch serves in their place: %s", error)
         return None
     return handle
-
-
-def _digest_of(handle: ctypes.CDLL) -> str:
-    handle.source_digest.restype = ctypes.c_char_p
-    return str(handle.source_digest().decode())
