@@ -2,7 +2,7 @@
 
 Run as a program, because the arrays it reads would count to a benchmark's own memory, and its threads would stay:
 
-    python -m cluster.bench.probe THREADS
+    python -m cluster.bench.probe cpu|cuda THREADS
 """
 
 from __future__ import annotations
@@ -13,63 +13,76 @@ import sys
 import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
+from typing import Literal
 
-_READ_BYTES = 2**29  # far beyond any last-level cache
+import torch
+
+Device = Literal["cpu", "cuda"]
+
+_READ_BYTES = {"cpu": 2**29, "cuda": 2**31}  # far beyond any last-level cache
+_SIZE = {"cpu": 1024, "cuda": 8192}
 _ROUNDS = 5
 
 
 @dataclass(frozen=True, kw_only=True)
 class Machine:
-    """Measured limits of ``num_threads`` threads together; the best of several rounds.
+    """Measured limits; the best of several rounds.
 
     Attributes:
-        read_bytes_per_s: of a sum over an array of 512 MiB.
+        device: cpu or cuda.
+        num_threads: that worked together, on a CPU.
+        read_bytes_per_s: of a sum over a large array.
         ops_per_s: multiplications and additions by number format, of a product of large square matrices.
     """
 
+    device: Device
     num_threads: int
     read_bytes_per_s: float
     ops_per_s: dict[str, float]
 
 
-def probe(num_threads: int) -> Machine:
-    """Measures in a process of its own; takes about two seconds."""
-    command = [sys.executable, "-m", "cluster.bench.probe", str(num_threads)]
-    return Machine(**json.loads(subprocess.run(command, capture_output=True, text=True, check=True).stdout))
+def probe(device: Device, num_threads: int) -> Machine:
+    """Measures in a process of its own; takes about two seconds on a CPU."""
+    command = [sys.executable, "-m", "cluster.bench.probe", device, str(num_threads)]
+    return Machine(**json.loads(subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True).stdout))
 
 
-def measure(num_threads: int) -> Machine:
+def measure(device: Device, num_threads: int) -> Machine:
     """Measures in this process, and leaves torch with ``num_threads``."""
-    import torch
-
     torch.set_num_threads(num_threads)
-    array = torch.ones(_READ_BYTES // 4)
-    read_s = _best(array.sum)
-    float32 = torch.randn(1024, 1024)
+    array = torch.ones(_READ_BYTES[device] // 4, device=device)
+    read_s = _best(array.sum, device)
+    del array
+    size = _SIZE[device]
+    ops = 2.0 * size**3
+    float32 = torch.randn(size, size, device=device)
     bfloat16 = float32.to(torch.bfloat16)
-    # torch takes its fast path for int8 only where the right-hand side is a transposed view.
-    int8, weight = torch.ones(512, 4096, dtype=torch.int8), torch.ones(4096, 4096, dtype=torch.int8).t()
-    square = 2.0 * 1024**3
+    int8 = torch.ones(size, size, dtype=torch.int8, device=device)
     return Machine(
+        device=device,
         num_threads=num_threads,
-        read_bytes_per_s=_READ_BYTES / read_s,
+        read_bytes_per_s=_READ_BYTES[device] / read_s,
         ops_per_s={
-            "float32": square / _best(lambda: float32 @ float32),
-            "bfloat16": square / _best(lambda: bfloat16 @ bfloat16),
-            "int8": 2.0 * 512 * 4096**2 / _best(lambda: torch._int_mm(int8, weight)),
+            "float32": ops / _best(lambda: float32 @ float32, device),
+            "bfloat16": ops / _best(lambda: bfloat16 @ bfloat16, device),
+            # The fast path needs a transposed view on the right.
+            "int8": ops / _best(lambda: torch._int_mm(int8, int8.t()), device),
         },
     )
 
 
-def _best(call: Callable[[], object]) -> float:
+def _best(call: Callable[[], object], device: Device) -> float:
+    synchronize = torch.cuda.synchronize if device == "cuda" else lambda: None
     call()
     times = []
     for _ in range(_ROUNDS):
+        synchronize()
         start = time.perf_counter()
         call()
+        synchronize()
         times.append(time.perf_counter() - start)
     return min(times)
 
 
 if __name__ == "__main__":
-    print(json.dumps(asdict(measure(int(sys.argv[1])))))
+    print(json.dumps(asdict(measure("cuda" if sys.argv[1] == "cuda" else "cpu", int(sys.argv[2])))))

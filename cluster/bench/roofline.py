@@ -22,8 +22,11 @@ _BYTES: dict[str, tuple[float, float, float]] = {
     "int8": (1.0, 4.0, 0.0),
     "int4": (0.5, 0.0, 4.0),
 }
-# bfloat16 weights are multiplied in float32 and int4 weights with int8 activations, on CPUs that our kernels know.
-_ARITHMETIC = {"float32": "float32", "bfloat16": "float32", "int8": "int8", "int4": "int8"}
+# What a weight is multiplied in: on CPUs, float32 activations or int8 ones; on CUDA, 16-bit activations.
+_ARITHMETIC = {
+    "cpu": {"float32": "float32", "bfloat16": "float32", "int8": "int8", "int4": "int8"},
+    "cuda": {"float32": "float32", "bfloat16": "bfloat16", "int8": "bfloat16", "int4": "bfloat16"},
+}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -76,7 +79,9 @@ class Roofline:
             for query, context in zip(query_lens, context_lens, strict=True)
         )
         rates = self.machine.ops_per_s
-        compute_s = (linear_ops + head_ops) / rates[_ARITHMETIC[self.weights]] + attention_ops / rates["float32"]
+        arithmetic = _ARITHMETIC[self.machine.device]
+        linear_rate, attention_rate = rates[arithmetic[self.weights]], rates[arithmetic["bfloat16"]]
+        compute_s = (linear_ops + head_ops) / linear_rate + attention_ops / attention_rate
         return max(num_bytes / self.machine.read_bytes_per_s, compute_s)
 
     def decode_tokens_per_s(self, num_requests: int, prompt_tokens: int, new_tokens: int) -> float:

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import itertools
 import random
-import statistics
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Literal
 
 from cluster.bench.timeline import Timeline
 from cluster.core.config import SchedulerConfig
@@ -20,6 +20,32 @@ from cluster.engine.engine import Engine
 from cluster.engine.submission import Submission
 from cluster.worker.config import WorkerConfig
 from cluster.worker.local_executor import LocalExecutor
+
+
+@dataclass(frozen=True, kw_only=True)
+class EngineSettings:
+    """An engine under measurement; what is not named here is as served by default.
+
+    Attributes:
+        checkpoint: its directory.
+        weights: number format of the matrices, as in WorkerConfig.
+        num_threads: of the forward pass, on a CPU.
+        max_num_seqs: requests that run together.
+    """
+
+    checkpoint: str
+    weights: Literal["float32", "bfloat16"]
+    num_threads: int
+    max_num_seqs: int
+
+    def worker(self) -> WorkerConfig:
+        return WorkerConfig(dtype=self.weights, num_threads=self.num_threads)
+
+    def scheduler(self) -> SchedulerConfig:
+        return SchedulerConfig(
+            max_num_seqs=self.max_num_seqs,
+            max_num_batched_tokens=max(SchedulerConfig.max_num_batched_tokens, self.max_num_seqs),
+        )
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -52,17 +78,6 @@ class Run:
     timeline: Timeline
     decode_steps: list[StepParts]
 
-    def median_parts(self) -> StepParts | None:
-        """Of the decode steps; None where there are none."""
-        if not self.decode_steps:
-            return None
-        return StepParts(
-            **{
-                field.name: statistics.median(getattr(step, field.name) for step in self.decode_steps)
-                for field in fields(StepParts)
-            }
-        )
-
 
 class _TimedExecutor:
     """An executor that notes when its step was handed over and when it was done."""
@@ -91,7 +106,7 @@ class _TimedExecutor:
 class Session:
     """A context manager; leaving it releases the model."""
 
-    def __init__(self, checkpoint: Path, worker: WorkerConfig, scheduler: SchedulerConfig) -> None:
+    def __init__(self, settings: EngineSettings) -> None:
         """Loads the model.
 
         Raises:
@@ -99,8 +114,15 @@ class Session:
             CheckpointError: the checkpoint is missing or broken.
             Unsupported: its architecture does not run here.
         """
-        executor = LocalExecutor(checkpoint, worker, scheduler.max_num_seqs, scheduler.max_num_batched_tokens)
-        self._executor = _TimedExecutor(executor)
+        scheduler = settings.scheduler()
+        self._executor = _TimedExecutor(
+            LocalExecutor(
+                Path(settings.checkpoint),
+                settings.worker(),
+                scheduler.max_num_seqs,
+                scheduler.max_num_batched_tokens,
+            )
+        )
         self._engine = Engine(self._executor, EngineConfig(scheduler=scheduler))
         self._ids = itertools.count()
 
@@ -164,17 +186,3 @@ class Session:
 def random_prompts(draw: random.Random, num_prompts: int, num_tokens: int, vocab_size: int) -> list[list[int]]:
     """Prompts that share no prefix."""
     return [[draw.randrange(vocab_size) for _ in range(num_tokens)] for _ in range(num_prompts)]
-
-
-def scheduler_for(num_requests: int) -> SchedulerConfig:
-    """The defaults, with room for exactly ``num_requests``."""
-    default = SchedulerConfig()
-    return SchedulerConfig(
-        max_num_seqs=num_requests, max_num_batched_tokens=max(default.max_num_batched_tokens, num_requests)
-    )
-
-
-def pool_bytes(kv_bytes_per_token: int, block_size: int, num_requests: int, num_tokens: int) -> int:
-    """Of a KV pool that holds ``num_requests`` of ``num_tokens`` each, and a block to spare for each."""
-    blocks_each = -(-num_tokens // block_size) + 1
-    return num_requests * blocks_each * block_size * kv_bytes_per_token

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import statistics
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 
 
 class Timeline:
@@ -56,9 +55,3 @@ class Timeline:
     def tokens_per_s(self) -> float:
         """All tokens over all the time, prompts included: the whole run."""
         return self.num_tokens / self.end_s if self.events else 0.0
-
-
-def median(values: Sequence[float | None]) -> float | None:
-    """Of what was measured; None where nothing was."""
-    measured = [value for value in values if value is not None]
-    return statistics.median(measured) if measured else None

@@ -20,7 +20,10 @@ EXIT_INTERRUPTED = 130
 
 @dataclass(frozen=True, kw_only=True)
 class _Entry:
-    """A command of the table: ``function`` names it inside ``module``, which is imported when the command runs."""
+    """A command of the table: ``function`` names it inside ``module``, which is imported when the command runs.
+
+    A ``typer.Typer`` in the function's place is a command with commands of its own.
+    """
 
     module: str
     function: str
@@ -33,6 +36,7 @@ _COMMANDS = {
     "chat": _Entry(module="cluster.cli.chat", function="chat", help="Talk with a model that has a chat template."),
     "models": _Entry(module="cluster.cli.models", function="models", help="List the models that a server has."),
     "status": _Entry(module="cluster.cli.status", function="status", help="Show a server's health and its replicas."),
+    "bench": _Entry(module="cluster.cli.bench", function="app", help="Measure the engine on this machine."),
 }
 
 _EPILOGUE = """\
@@ -59,9 +63,12 @@ class _LazyCommand(TyperCommand):
         self._entry = entry
 
     def make_context(self, info_name: str | None, args: list[str], parent: Any = None, **extra: Any) -> Any:
-        app = typer.Typer(add_completion=False)
-        function = getattr(import_module(self._entry.module), self._entry.function)
-        app.command(self.name)(function)
+        target = getattr(import_module(self._entry.module), self._entry.function)
+        if isinstance(target, typer.Typer):
+            app = target
+        else:
+            app = typer.Typer(add_completion=False)
+            app.command(self.name)(target)
         return typer.main.get_command(app).make_context(info_name, args, parent=parent, **extra)
 
 

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import statistics
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from cluster.bench.timeline import Timeline, median
+from cluster.bench.timeline import Timeline
 
 Figures = dict[str, float]
 OURS = "cluster"
@@ -72,7 +73,7 @@ def figures_of(rounds: Iterable[Sequence[Mapping[str, Any]]], prefill_tokens: in
         ``decode N`` and ``whole run N`` in tokens per second, as ``Timeline`` defines them; ``prefill`` in prompt
         tokens per second; ``first token`` in seconds from the start of the process; ``peak memory`` in MiB.
     """
-    values: dict[str, list[float | None]] = {}
+    values: dict[str, list[float]] = {}
     for lines in rounds:
         for line in lines:
             if line["kind"] == "first token":
@@ -85,10 +86,10 @@ def figures_of(rounds: Iterable[Sequence[Mapping[str, Any]]], prefill_tokens: in
                     values.setdefault("prefill", []).append(prefill_tokens / timeline.end_s)
                 else:
                     count = line["num_requests"]
-                    values.setdefault(f"decode {count}", []).append(timeline.decode_tokens_per_s)
+                    if timeline.decode_tokens_per_s is not None:
+                        values.setdefault(f"decode {count}", []).append(timeline.decode_tokens_per_s)
                     values.setdefault(f"whole run {count}", []).append(timeline.tokens_per_s)
-    medians = {name: median(measured) for name, measured in values.items()}
-    return {name: value for name, value in medians.items() if value is not None}
+    return {name: statistics.median(measured) for name, measured in values.items()}
 
 
 def table_of(figures: Mapping[str, Figures], columns: Sequence[str]) -> list[list[str]]:
