@@ -46,7 +46,7 @@ def _pack(row: SequenceState) -> PackedRow:
         logit_bias=dict(sampling.logit_bias),
         seed=0 if is_greedy else seed_of(row),
         candidate_index=row.candidate_index,
-        temperature=0.0 if is_greedy else sampling.temperature,
+        inverse_temperature=0.0 if is_greedy else 1.0 / sampling.temperature,
         min_score=math.log(sampling.min_p) if sampling.min_p > 0.0 else -math.inf,
         num_logprobs=sampling.logprobs,
         min_tokens=sampling.min_tokens,

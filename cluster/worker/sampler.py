@@ -162,7 +162,7 @@ def _draw(scores_RV: torch.Tensor, rows: Sequence[SamplingRow]) -> torch.Tensor:
     device = scores_RV.device
     # The maximum becomes 0, so that no temperature overflows the likeliest tokens; the filters count on it too.
     scores_RV -= scores_RV.amax(dim=-1, keepdim=True)
-    scores_RV /= _column([row.sampling.temperature for row in rows], device)
+    scores_RV *= _column([1.0 / row.sampling.temperature for row in rows], device)
     _keep_top_k(scores_RV, [row.sampling.top_k for row in rows])
     _keep_top_p(scores_RV, [row.sampling.top_p for row in rows])
     _keep_min_p(scores_RV, [row.sampling.min_p for row in rows])

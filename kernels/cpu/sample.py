@@ -32,7 +32,7 @@ _ROW = np.dtype(
         ("presence_penalty", np.float64),
         ("frequency_penalty", np.float64),
         ("repetition_penalty", np.float32),
-        ("temperature", np.float32),
+        ("inverse_temperature", np.float32),
         ("min_score", np.float32),
         ("top_k", np.int32),
         ("candidate_index", np.int32),
@@ -55,7 +55,7 @@ class PackedRow:
         stop_token_ids: impossible while fewer than ``min_tokens`` follow the prompt. No duplicates.
         logit_bias: token id to bias.
         seed, candidate_index: of the random key; its third part is the number of tokens.
-        temperature: 0 is greedy.
+        inverse_temperature: 0 is greedy.
         min_score: the least logarithm of a probability relative to the likeliest token's; -inf: off.
         num_logprobs: None: none; K: the token's and the K likeliest's.
         others: as in SamplingParams.
@@ -72,7 +72,7 @@ class PackedRow:
         logit_bias: dict[int, float],
         seed: int,
         candidate_index: int,
-        temperature: float,
+        inverse_temperature: float,
         min_score: float,
         num_logprobs: int | None,
         **others: float,
@@ -92,7 +92,7 @@ class PackedRow:
             "num_biases": len(bias_ids),
             "num_stops": len(stop_ids),
             "num_logprobs": -1 if num_logprobs is None else num_logprobs,
-            "temperature": temperature,
+            "inverse_temperature": inverse_temperature,
             "min_score": min_score,
         } | others
         for name, value in values.items():

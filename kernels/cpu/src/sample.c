@@ -34,7 +34,7 @@ typedef struct {
     double presence_penalty;
     double frequency_penalty;
     float repetition_penalty;
-    float temperature; /* 0: greedy */
+    float inverse_temperature; /* 0: greedy */
     float min_score;   /* log(min_p); minus infinity: off */
     int32_t top_k;     /* 0: off */
     int32_t candidate_index;
@@ -45,7 +45,7 @@ typedef struct {
 
 /* One thread's memory. */
 typedef struct {
-    float *scores;    /* the vocabulary, padded to whole chunks */
+    float *logits;    /* adjusted: the vocabulary, padded to whole chunks */
     float *values;    /* as many */
     float *maxima;    /* one per chunk */
     int32_t *counts;  /* one per token; zeros between rows */
@@ -74,8 +74,8 @@ static workspace workspace_of(const job *j, int32_t thread) {
     char *at = j->memory + thread * workspace_bytes(j->vocab_size);
     workspace w;
     w.buckets = (int64_t *)at;
-    w.scores = (float *)(at + NUM_BUCKETS * 8);
-    w.values = w.scores + width;
+    w.logits = (float *)(at + NUM_BUCKETS * 8);
+    w.values = w.logits + width;
     w.counts = (int32_t *)(w.values + width);
     w.maxima = (float *)(w.counts + width);
     return w;
@@ -146,22 +146,37 @@ INLINE f32x16 weights(f32x16 score) {
 
 static int64_t weight_of(float score) { return (int64_t)weights(f32_set1(score))[0]; }
 
-/* The weight of values[i] - peak, summed. */
-static int64_t mass(const float *values, int64_t size, float peak) {
+/* Logits, and what makes scores of them: (logit - peak) * inverse_temperature, at most 0. */
+typedef struct {
+    const float *logits;
+    int64_t size;
+    float peak;
+    float inverse_temperature;
+} scored;
+
+INLINE float score_of(const scored *s, float logit) { return (logit - s->peak) * s->inverse_temperature; }
+
+/* Sixteen scores, minus infinity behind the last. */
+INLINE f32x16 scores_at(const scored *s, int64_t i) {
+    if (i + LANES <= s->size) return (f32_load(s->logits + i) - s->peak) * s->inverse_temperature;
+    f32x16 scores = f32_set1(-INFINITY);
+    for (int lane = 0; i + lane < s->size; lane++) scores[lane] = score_of(s, s->logits[i + lane]);
+    return scores;
+}
+
+/* The weights' sum. */
+static int64_t mass(const scored *s) {
     typedef double f64x8 __attribute__((vector_size(64)));
     typedef float f32x8 __attribute__((vector_size(32)));
     int64_t total = 0;
-    for (int64_t start = 0; start < size; start += 32 * CHUNK) { /* few enough that a double holds the sum exactly */
-        int64_t end = start + 32 * CHUNK < size ? start + 32 * CHUNK : size, i = start;
+    for (int64_t start = 0; start < s->size; start += 32 * CHUNK) { /* few enough that a double holds the sum exactly */
+        int64_t end = start + 32 * CHUNK < s->size ? start + 32 * CHUNK : s->size;
         f64x8 low = {}, high = {};
-        for (; i < end; i += LANES) {
-            f32x16 value = end - i >= LANES ? f32_load(values + i) : f32_load_n(values + i, (int)(end - i)) ;
+        for (int64_t i = start; i < end; i += LANES) {
             union {
                 f32x16 whole;
                 f32x8 half[2];
-            } weight = {weights(value - peak)};
-            if (end - i < LANES)
-                for (int lane = (int)(end - i); lane < LANES; lane++) weight.whole[lane] = 0.0f;
+            } weight = {weights(scores_at(s, i))};
             low += __builtin_convertvector(weight.half[0], f64x8);
             high += __builtin_convertvector(weight.half[1], f64x8);
         }
@@ -210,44 +225,44 @@ static float threshold(const float *values, int64_t size, double wanted, bool is
     return value_of(prefix);
 }
 
-/* A bound that at least `count` values reach: that of the count-th largest maximum. */
+/* A bound that at least `count` scores reach: that of the count-th largest maximum. */
 static float bound_of(const workspace *w, int64_t num_chunks, int64_t count) {
     return count > num_chunks ? -INFINITY : threshold(w->maxima, num_chunks, (double)count, true, w->buckets);
 }
 
-/* Copies the scores that reach the bound to w->values; how many. */
-static int64_t collect(const workspace *w, int64_t size, float bound) {
+/* The scores that reach the bound, into w->values. w->maxima are of scores. */
+static scored collect(const scored *s, const workspace *w, float bound) {
     int64_t count = 0;
-    for (int64_t start = 0; start < size; start += CHUNK) {
+    for (int64_t start = 0; start < s->size; start += CHUNK) {
         if (w->maxima[start / CHUNK] < bound) continue;
-        int64_t end = start + CHUNK < size ? start + CHUNK : size;
+        int64_t end = start + CHUNK < s->size ? start + CHUNK : s->size;
         for (int64_t i = start; i < end; i++) {
-            w->values[count] = w->scores[i];
-            count += w->scores[i] >= bound;
+            w->values[count] = score_of(s, s->logits[i]);
+            count += w->values[count] >= bound;
         }
     }
-    return count;
+    return (scored){w->values, count, 0.0f, 1.0f};
 }
 
 /* The least score that top_k, top_p over what top_k left, and min_p all let through. */
-static float least_score(const sampling_row *row, const workspace *w, int64_t size) {
-    int64_t num_chunks = (size + CHUNK - 1) / CHUNK, count;
+static float least_score(const sampling_row *row, const scored *s, const workspace *w) {
+    const int64_t num_chunks = (s->size + CHUNK - 1) / CHUNK;
     float least = -INFINITY;
-    bool has_top_k = row->top_k > 0 && row->top_k < size;
+    scored kept;
+    bool has_top_k = row->top_k > 0 && row->top_k < s->size;
     if (has_top_k) {
-        count = collect(w, size, bound_of(w, num_chunks, row->top_k));
-        least = threshold(w->values, count, row->top_k, true, w->buckets);
+        kept = collect(s, w, bound_of(w, num_chunks, row->top_k));
+        least = threshold(kept.logits, kept.size, row->top_k, true, w->buckets);
     }
-    if (row->top_p < 1.0) {
-        int64_t width = has_top_k ? row->top_k : 64; /* a nucleus is small, most of the time */
-        count = has_top_k ? collect(w, size, least) : 0;
-        double wanted = row->top_p * (double)(has_top_k ? mass(w->values, count, 0.0f) : mass(w->scores, size, 0.0f));
-        while (!has_top_k) {
-            count = collect(w, size, bound_of(w, num_chunks, width));
-            if (width > num_chunks || (double)mass(w->values, count, 0.0f) >= wanted) break;
-            width *= 8;
-        }
-        least = threshold(w->values, count, wanted, false, w->buckets);
+    if (row->top_p < 1.0 && has_top_k) {
+        kept = collect(s, w, least);
+        least = threshold(kept.logits, kept.size, row->top_p * (double)mass(&kept), false, w->buckets);
+    } else if (row->top_p < 1.0) {
+        double wanted = row->top_p * (double)mass(s);
+        int64_t width = 64; /* most nuclei are small */
+        for (kept = collect(s, w, bound_of(w, num_chunks, width)); (double)mass(&kept) < wanted && width <= num_chunks;)
+            kept = collect(s, w, bound_of(w, num_chunks, width *= 8));
+        least = threshold(kept.logits, kept.size, wanted, false, w->buckets);
     }
     return row->min_score > least ? row->min_score : least;
 }
@@ -279,37 +294,40 @@ static float noise_of(uint64_t key, int64_t token_id) {
     return (float)-log(-log1p(-uniform));
 }
 
+typedef uint64_t u64x8 __attribute__((vector_size(64)));
+typedef int32_t i32x8 __attribute__((vector_size(32)));
+
+/* The upper 31 bits of the mixed states. */
+INLINE i32x8 upper_bits(u64x8 state) {
+    state = (state ^ state >> 30) * MIX_1;
+    state = (state ^ state >> 27) * MIX_2;
+    return __builtin_convertvector((state ^ state >> 31) >> 33, i32x8);
+}
+
 /* Lanes whose noise may exceed `missing`: none that does is left out. -log(-log1p(-u)) <= -log(u), and a float's bits
  * are an estimate of its binary logarithm from below. */
-INLINE i32x16 may_exceed(uint64_t key, int64_t token_id, f32x16 missing) {
-    typedef uint64_t u64x8 __attribute__((vector_size(64)));
-    typedef int32_t i32x8 __attribute__((vector_size(32)));
+INLINE i32x16 may_exceed(u64x8 low, u64x8 high, f32x16 missing) {
     union {
-        i32x16 whole;
         i32x8 half[2];
-    } bits;
-    for (int i = 0; i < 2; i++) {
-        u64x8 index = (u64x8){1, 2, 3, 4, 5, 6, 7, 8} + (uint64_t)(token_id + 8 * i);
-        u64x8 state = index * GOLDEN_GAMMA + key;
-        state = (state ^ state >> 30) * MIX_1;
-        state = (state ^ state >> 27) * MIX_2;
-        bits.half[i] = __builtin_convertvector((state ^ state >> 31) >> 33, i32x8);
-    }
+        i32x16 whole;
+    } bits = {{upper_bits(low), upper_bits(high)}};
     f32x16 log2_uniform = f32_from_i32((i32x16)f32_from_i32(bits.whole)) * 0x1p-23f - (127.0f + 31.0f);
     return log2_uniform <= 0.01f - missing * 1.44269504f;
 }
 
 /* The token of the largest score plus noise among those that reach `least`; the lowest id of equal ones. */
-static int64_t draw(const sampling_row *row, const workspace *w, int64_t size, float least, int64_t peak_id) {
-    uint64_t key = random_key(row);
+static int64_t draw(const sampling_row *row, const scored *s, const workspace *w, float least, int64_t peak_id) {
+    const u64x8 lane_states = (u64x8){1, 2, 3, 4, 5, 6, 7, 8} * GOLDEN_GAMMA;
+    const uint64_t key = random_key(row);
     int64_t best_id = peak_id;
-    float best = w->scores[peak_id] + noise_of(key, peak_id);
-    for (int64_t start = 0; start < size; start += CHUNK) {
+    float best = noise_of(key, peak_id); /* its score is 0 */
+    for (int64_t start = 0; start < s->size; start += CHUNK) {
         float chunk_peak = w->maxima[start / CHUNK];
         if (chunk_peak < least || chunk_peak + MAX_NOISE < best) continue;
-        for (int64_t i = start; i < start + CHUNK; i += LANES) {
-            f32x16 score = f32_load(w->scores + i);
-            i32x16 chosen = may_exceed(key, i, best - score) & (score >= least);
+        u64x8 state = lane_states + (key + (uint64_t)start * GOLDEN_GAMMA);
+        for (int64_t i = start; i < start + CHUNK && i < s->size; i += LANES, state += LANES * GOLDEN_GAMMA) {
+            f32x16 score = scores_at(s, i);
+            i32x16 chosen = may_exceed(state, state + 8 * GOLDEN_GAMMA, best - score) & (score >= least);
             if (!i32_any(chosen)) continue;
             for (int lane = 0; lane < LANES; lane++) {
                 if (!chosen[lane]) continue;
@@ -328,9 +346,9 @@ static bool needs_adjusting(const sampling_row *row) {
            row->num_biases > 0 || row->num_tokens - row->num_prompt_tokens < row->min_tokens;
 }
 
-/* w->scores = the logits after penalties, bias and min_tokens. */
+/* w->logits = the logits after penalties, bias and min_tokens. */
 static void adjust(const sampling_row *row, const float *logits, const workspace *w, int64_t size) {
-    float *scores = w->scores;
+    float *scores = w->logits;
     memcpy(scores, logits, (size_t)size * sizeof *scores);
     if (row->repetition_penalty != 1.0f) {
         for (int64_t i = 0; i < row->num_tokens; i++) {
@@ -357,64 +375,54 @@ static void adjust(const sampling_row *row, const float *logits, const workspace
         for (int32_t i = 0; i < row->num_stops; i++) scores[row->stop_ids[i]] = -MAX_SCORE;
 }
 
-/* w->scores = (values - peak) / temperature, minus infinity behind them. `values` may be w->scores. */
-static void scale(const float *values, const workspace *w, int64_t size, float peak, float temperature) {
-    int64_t i = 0;
-    for (; i + LANES <= size; i += LANES) f32_store(w->scores + i, (f32_load(values + i) - peak) / temperature);
-    for (; i < size; i++) w->scores[i] = (values[i] - peak) / temperature;
-    for (; i < padded(size); i++) w->scores[i] = -INFINITY;
-}
-
-/* The row's `count` likeliest tokens into ids and logprobs, likeliest first, the lowest id of equal ones first. */
-static void likeliest(const float *logits, const workspace *w, int64_t size, int32_t count, int64_t *ids, float *values) {
-    float bound = count > 0 ? bound_of(w, (size + CHUNK - 1) / CHUNK, count) : INFINITY;
+/* The `count` likeliest tokens and their logits, likeliest first, the lowest id of equal ones first. w->maxima are of
+ * logits. */
+static void likeliest(const scored *s, const workspace *w, int32_t count, int64_t *ids, float *logits) {
+    float bound = bound_of(w, (s->size + CHUNK - 1) / CHUNK, count);
     int32_t found = 0;
-    for (int64_t i = 0; i < size; i++) {
-        if (w->maxima[i / CHUNK] < bound) {
-            i += CHUNK - 1;
-            continue;
+    for (int64_t start = 0; start < s->size; start += CHUNK) {
+        if (w->maxima[start / CHUNK] < bound) continue;
+        for (int64_t i = start; i < start + CHUNK && i < s->size; i++) {
+            float logit = s->logits[i];
+            if (logit < bound || (found == count && logit <= logits[count - 1])) continue;
+            int32_t at = found < count ? found++ : count - 1;
+            for (; at > 0 && logits[at - 1] < logit; at--) logits[at] = logits[at - 1], ids[at] = ids[at - 1];
+            logits[at] = logit, ids[at] = i;
         }
-        if (logits[i] < bound || (found == count && logits[i] <= values[count - 1])) continue;
-        int32_t at = found < count ? found++ : count - 1;
-        for (; at > 0 && values[at - 1] < logits[i]; at--) values[at] = values[at - 1], ids[at] = ids[at - 1];
-        values[at] = logits[i], ids[at] = i;
     }
 }
 
 static void sample_row(void *context, int64_t index, int32_t thread) {
     const job *j = context;
     const sampling_row *row = j->rows_S + index;
-    const float *logits = j->logits_SV + index * j->vocab_size, *values = logits;
-    const int64_t size = j->vocab_size;
     const workspace w = workspace_of(j, thread);
-    const float raw_peak = scan(logits, size, w.maxima);
-    float peak = raw_peak;
+    const scored raw = {j->logits_SV + index * j->vocab_size, j->vocab_size,
+                        scan(j->logits_SV + index * j->vocab_size, j->vocab_size, w.maxima), 1.0f};
     int64_t *token_id = j->token_ids_S + index;
-    if (!(fabsf(raw_peak) <= 3.402823466e38f)) { /* infinite, or no number */
+    if (!(fabsf(raw.peak) <= 3.402823466e38f)) { /* infinite, or no number */
         *token_id = NOT_FINITE;
         return;
     }
+    float *top_logprobs = j->top_logprobs_SK + index * j->max_logprobs;
     if (row->num_logprobs > 0) /* while the maxima are the logits' */
-        likeliest(logits, &w, size, row->num_logprobs, j->top_ids_SK + index * j->max_logprobs,
-                  j->top_logprobs_SK + index * j->max_logprobs);
+        likeliest(&raw, &w, row->num_logprobs, j->top_ids_SK + index * j->max_logprobs, top_logprobs);
+    scored s = raw;
     if (needs_adjusting(row)) {
-        adjust(row, logits, &w, size);
-        values = w.scores;
-        peak = scan(values, size, w.maxima);
+        adjust(row, raw.logits, &w, raw.size);
+        s.logits = w.logits;
+        s.peak = scan(w.logits, s.size, w.maxima);
     }
-    *token_id = first_peak(values, w.maxima, peak);
-    if (row->temperature > 0.0f) {
-        scale(values, &w, size, peak, row->temperature);
-        scan(w.scores, size, w.maxima);
-        *token_id = draw(row, &w, size, least_score(row, &w, size), *token_id);
+    *token_id = first_peak(s.logits, w.maxima, s.peak);
+    if (row->inverse_temperature > 0.0f) {
+        s.inverse_temperature = row->inverse_temperature;
+        for (int64_t i = 0; i * CHUNK < s.size; i++) w.maxima[i] = score_of(&s, w.maxima[i]);
+        *token_id = draw(row, &s, &w, least_score(row, &s, &w), *token_id);
     }
     if (row->num_logprobs >= 0) {
-        float log_total = (float)log((double)mass(logits, size, raw_peak) / WEIGHT_SCALE);
-        j->logprobs_S[index] = logits[*token_id] - raw_peak - log_total;
-        for (int32_t i = 0; i < row->num_logprobs && i < size; i++) {
-            float *value = j->top_logprobs_SK + index * j->max_logprobs + i;
-            *value = *value - raw_peak - log_total;
-        }
+        float log_total = (float)log((double)mass(&raw) / WEIGHT_SCALE);
+        j->logprobs_S[index] = raw.logits[*token_id] - raw.peak - log_total;
+        for (int32_t i = 0; i < row->num_logprobs && i < raw.size; i++)
+            top_logprobs[i] = top_logprobs[i] - raw.peak - log_total;
     }
 }
 
