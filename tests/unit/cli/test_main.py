@@ -20,7 +20,7 @@ def test_help_has_a_line_per_command_examples_and_exit_codes():
     result = CliRunner().invoke(app, ["--help"], env={"COLUMNS": "80", "TERMINAL_WIDTH": "80"})
     assert result.exit_code == 0
     lines = [line.strip("│ ") for line in result.output.splitlines()]
-    for name in ("serve", "generate", "chat", "models", "status"):
+    for name in ("serve", "generate", "chat", "models", "status", "bench"):
         [line] = [line for line in lines if line.startswith(f"{name} ")]
         assert line.endswith(".")
     assert "cluster serve ~/models/Qwen3-0.6B         a Hugging Face directory" in lines
