@@ -295,39 +295,34 @@ static float noise_of(uint64_t key, int64_t token_id) {
 }
 
 typedef uint64_t u64x8 __attribute__((vector_size(64)));
-typedef int32_t i32x8 __attribute__((vector_size(32)));
 
-/* The upper 31 bits of the mixed states. */
-INLINE i32x8 upper_bits(u64x8 state) {
+INLINE u64x8 mixed(u64x8 state) {
     state = (state ^ state >> 30) * MIX_1;
     state = (state ^ state >> 27) * MIX_2;
-    return __builtin_convertvector((state ^ state >> 31) >> 33, i32x8);
+    return state ^ state >> 31;
 }
 
-/* Lanes whose noise may exceed `missing`: none that does is left out. -log(-log1p(-u)) <= -log(u), and a float's bits
- * are an estimate of its binary logarithm from below. */
-INLINE i32x16 may_exceed(u64x8 low, u64x8 high, f32x16 missing) {
-    union {
-        i32x8 half[2];
-        i32x16 whole;
-    } bits = {{upper_bits(low), upper_bits(high)}};
-    f32x16 log2_uniform = f32_from_i32((i32x16)f32_from_i32(bits.whole)) * 0x1p-23f - (127.0f + 31.0f);
+/* Lanes whose noise may exceed `missing`: none that does is left out. The states are those of the even and of the odd
+ * lanes. -log(-log1p(-u)) <= -log(u), and a float's bits are an estimate of its binary logarithm from below. */
+INLINE i32x16 may_exceed(u64x8 even, u64x8 odd, f32x16 missing) {
+    i32x16 upper_bits = (i32x16)(mixed(even) >> 33 | (mixed(odd) >> 33) << 32);
+    f32x16 log2_uniform = f32_from_i32((i32x16)f32_from_i32(upper_bits)) * 0x1p-23f - (127.0f + 31.0f);
     return log2_uniform <= 0.01f - missing * 1.44269504f;
 }
 
 /* The token of the largest score plus noise among those that reach `least`; the lowest id of equal ones. */
 static int64_t draw(const sampling_row *row, const scored *s, const workspace *w, float least, int64_t peak_id) {
-    const u64x8 lane_states = (u64x8){1, 2, 3, 4, 5, 6, 7, 8} * GOLDEN_GAMMA;
+    const u64x8 even_states = (u64x8){1, 3, 5, 7, 9, 11, 13, 15} * GOLDEN_GAMMA;
     const uint64_t key = random_key(row);
     int64_t best_id = peak_id;
     float best = noise_of(key, peak_id); /* its score is 0 */
     for (int64_t start = 0; start < s->size; start += CHUNK) {
         float chunk_peak = w->maxima[start / CHUNK];
         if (chunk_peak < least || chunk_peak + MAX_NOISE < best) continue;
-        u64x8 state = lane_states + (key + (uint64_t)start * GOLDEN_GAMMA);
+        u64x8 state = even_states + (key + (uint64_t)start * GOLDEN_GAMMA);
         for (int64_t i = start; i < start + CHUNK && i < s->size; i += LANES, state += LANES * GOLDEN_GAMMA) {
             f32x16 score = scores_at(s, i);
-            i32x16 chosen = may_exceed(state, state + 8 * GOLDEN_GAMMA, best - score) & (score >= least);
+            i32x16 chosen = may_exceed(state, state + GOLDEN_GAMMA, best - score) & (score >= least);
             if (!i32_any(chosen)) continue;
             for (int lane = 0; lane < LANES; lane++) {
                 if (!chosen[lane]) continue;
