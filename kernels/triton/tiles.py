@@ -61,9 +61,9 @@ def dense_tile(num_rows: int, out_features: int, dtype: torch.dtype, *, batch_in
     outputs = 32 if out_features < 64 * 2 * _MULTIPROCESSORS else 64
     if not batch_invariant:
         return MatmulTile(rows=16, outputs=outputs, inputs=128, num_warps=4, num_stages=5)
+    # Both have 64 rows for each group of four warps and the same inputs: one kind of instruction, one order of the sum.
     if num_rows <= 64:
-        return MatmulTile(rows=64, outputs=outputs, inputs=128, num_warps=4, num_stages=4)
-    # Both have 64 rows or more for each group of four warps: warpgroup instructions, one accumulator, ascending inputs.
+        return MatmulTile(rows=64, outputs=outputs, inputs=64, num_warps=4, num_stages=6)
     return MatmulTile(rows=128, outputs=128, inputs=64, num_warps=8, num_stages=4)
 
 
