@@ -17,9 +17,8 @@ from torch import Tensor
 from cluster.kernels.triton.attention_split import SPLIT
 from cluster.kernels.triton.paged_decode import DecodePlan, paged_decode
 from cluster.kernels.triton.paged_prefill import PrefillPlan, paged_prefill
+from cluster.kernels.triton.staging import to_device
 from cluster.kernels.triton.tiles import decode_tile, prefill_tile
-
-_ALIGNMENT = 4  # int32 elements: Triton compiles again for a pointer that is not a multiple of 16 bytes
 
 
 @dataclass(frozen=True, slots=True)
@@ -56,35 +55,23 @@ def plan_attention(
     decode_contexts = context_lens_S[decodes]
     num_splits = -(-decode_contexts // SPLIT)
     query_starts = np.concatenate(([0], np.cumsum(query_lens_S[chunks])))
-    on_device = _to_device(
-        [
-            token_starts_S[decodes],
-            decode_contexts,
-            np.cumsum(num_splits) - num_splits,
-            block_tables_SB[decodes],
-            token_starts_S[chunks],
-            query_starts,
-            context_lens_S[chunks],
-            block_tables_SB[chunks],
-        ],
-        device,
+    arrays = (
+        token_starts_S[decodes],
+        decode_contexts,
+        np.cumsum(num_splits) - num_splits,
+        block_tables_SB[decodes],
+        token_starts_S[chunks],
+        query_starts,
+        context_lens_S[chunks],
+        block_tables_SB[chunks],
     )
+    on_device = to_device([array.astype(np.int32) for array in arrays], device)
     decode = prefill = None
     if len(decodes):
         decode = DecodePlan(*on_device[:4], num_splits=int(num_splits.sum()), max_splits=int(num_splits.max()))
     if len(chunks):
         prefill = PrefillPlan(*on_device[4:], num_tokens=int(query_starts[-1]))
     return AttentionPlan(decode, prefill, sliding_window, batch_invariant)
-
-
-def _to_device(arrays: list[np.ndarray], device: torch.device) -> list[Tensor]:
-    """The arrays as int32 tensors of one copy."""
-    starts = np.cumsum([0] + [-(-array.size // _ALIGNMENT) * _ALIGNMENT for array in arrays])
-    packed = torch.zeros(int(starts[-1]), dtype=torch.int32, pin_memory=device.type == "cuda")
-    for start, array in zip(starts, arrays, strict=False):
-        packed[start : start + array.size] = torch.from_numpy(np.ascontiguousarray(array, dtype=np.int32).ravel())
-    moved = packed.to(device, non_blocking=True)
-    return [moved[start : start + array.size].view(array.shape) for start, array in zip(starts, arrays, strict=False)]
 
 
 def paged_attention(
