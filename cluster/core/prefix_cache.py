@@ -1,0 +1,146 @@
+"""Which blocks hold which content."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Iterable
+
+from cluster.core.eviction_queue import EvictionQueue
+
+
+class CachedBlock:
+    """A block whose content is known by name.
+
+    Attributes:
+        block_id: in the pool.
+        block_hash: name of its content, and of all that comes before it.
+        parent: the block before it in its chain; None at the beginning of a sequence.
+        num_children: blocks in the cache that follow it.
+        held: whether a request has it in its table.
+        last_used: when a request took or left it last, in events of this cache.
+    """
+
+    __slots__ = ("block_hash", "block_id", "held", "last_used", "num_children", "parent")
+
+    def __init__(self, block_id: int, block_hash: bytes, parent: CachedBlock | None, last_used: int) -> None:
+        self.block_id = block_id
+        self.block_hash = block_hash
+        self.parent = parent
+        self.num_children = 0
+        self.held = True
+        self.last_used = last_used
+
+
+class PrefixCache:
+    """Finds blocks by the hash of their content, and gives up those that nobody holds.
+
+    Blocks form trees: a block's KV depends on all blocks before it, so it is of use only behind its parent. Two rules
+    keep every block of the cache of use. A block is given up only when no child is left (leaves first), so a chain is
+    never broken. And whoever holds a block holds all before it, so below a block that nobody holds there are only such
+    blocks, and every one of them can be given up in turn: all ``num_idle`` of them are as good as free.
+    """
+
+    def __init__(self) -> None:
+        self._by_hash: dict[bytes, CachedBlock] = {}
+        self._by_id: dict[int, CachedBlock] = {}
+        self._evictable = EvictionQueue()
+        self._num_idle = 0
+        self._num_events = 0
+
+    def __len__(self) -> int:
+        return len(self._by_id)
+
+    @property
+    def num_idle(self) -> int:
+        """Blocks that nobody holds."""
+        return self._num_idle
+
+    def __contains__(self, block_id: int) -> bool:
+        return block_id in self._by_id
+
+    def find(self, block_hash: bytes) -> CachedBlock | None:
+        return self._by_hash.get(block_hash)
+
+    def match(self, block_hashes: Iterable[bytes]) -> list[CachedBlock]:
+        """The longest chain that is here, from the first hash on."""
+        chain: list[CachedBlock] = []
+        for block_hash in block_hashes:
+            block = self._by_hash.get(block_hash)
+            if block is None:
+                break
+            chain.append(block)
+        return chain
+
+    def insert(self, block_id: int, block_hash: bytes, parent: CachedBlock | None) -> CachedBlock:
+        """Makes a held block findable; ``parent`` is in the cache and ``block_hash`` is not.
+
+        Raises:
+            ValueError: the block is here already, under another hash.
+        """
+        if block_id in self._by_id:
+            raise ValueError(f"block {block_id} holds what another hash names")
+        block = CachedBlock(block_id, block_hash, parent, self._num_events)
+        if parent is not None:
+            parent.num_children += 1
+            self._evictable.discard(parent)
+        self._by_hash[block_hash] = self._by_id[block_id] = block
+        return block
+
+    def hold(self, chain: Iterable[CachedBlock]) -> None:
+        """Some request takes these blocks, parents first."""
+        self._num_events += 1
+        for block in chain:
+            block.last_used = self._num_events
+            if not block.held:
+                block.held = True
+                self._num_idle -= 1
+                self._evictable.discard(block)
+
+    def release(self, block_id: int) -> None:
+        """Nobody holds this block any more, nor what follows it."""
+        block = self._by_id[block_id]
+        block.held = False
+        block.last_used = self._num_events
+        self._num_idle += 1
+        if block.num_children == 0:
+            self._evictable.push(block)
+
+    def evict(self) -> int:
+        """Forgets the block that is worth least, and returns it. Raises IndexError where all are held."""
+        block = self._evictable.pop()
+        del self._by_hash[block.block_hash], self._by_id[block.block_id]
+        self._num_idle -= 1
+        parent = block.parent
+        if parent is not None:
+            parent.num_children -= 1
+            if parent.num_children == 0 and not parent.held:
+                self._evictable.push(parent)
+        return block.block_id
+
+    def idle_block_ids(self) -> list[int]:
+        return [block.block_id for block in self._by_id.values() if not block.held]
+
+    def check_integrity(self, held: Collection[int]) -> None:
+        """Raises RuntimeError unless chains are whole and exactly the blocks in ``held`` are held."""
+        num_children = dict.fromkeys(self._by_id, 0)
+        for block in self._by_id.values():
+            if self._by_hash.get(block.block_hash) is not block:
+                raise RuntimeError(f"cached block {block.block_id} is not found by its hash")
+            if block.held != (block.block_id in held):
+                raise RuntimeError(f"cached block {block.block_id} is held={block.held}, and the tables say otherwise")
+            if block.parent is not None:
+                if self._by_id.get(block.parent.block_id) is not block.parent:
+                    raise RuntimeError(f"cached block {block.block_id} has lost its parent: a chain is broken")
+                if block.held and not block.parent.held:
+                    raise RuntimeError(f"cached block {block.block_id} is held, and its parent is not")
+                num_children[block.parent.block_id] += 1
+        num_evictable = 0
+        for block in self._by_id.values():
+            if block.num_children != num_children[block.block_id]:
+                raise RuntimeError(f"cached block {block.block_id} has miscounted its children")
+            evictable = not block.held and block.num_children == 0
+            num_evictable += evictable
+            if evictable != (block in self._evictable):
+                raise RuntimeError(f"cached block {block.block_id}: exactly the leaves that nobody holds are evictable")
+        num_idle = sum(not block.held for block in self._by_id.values())
+        if (len(self._by_hash), self._num_idle, len(self._evictable)) != (len(self._by_id), num_idle, num_evictable):
+            raise RuntimeError(f"the prefix cache miscounts: {num_idle} of {len(self._by_id)} blocks are idle")
