@@ -50,6 +50,7 @@ class StepArrays:
 
     Attributes:
         tokens_3T: int64 rows: input ids, positions, KV slots.
+        rows_S: int64, each sequence's row in the tables.
         query_lens, context_lens: per sequence.
         block_tables_SB: int64, zeros on the right.
         sampling_rows: the sequences that sample, in order.
@@ -57,6 +58,7 @@ class StepArrays:
     """
 
     tokens_3T: np.ndarray
+    rows_S: np.ndarray
     query_lens: list[int]
     context_lens: list[int]
     block_tables_SB: np.ndarray
@@ -149,6 +151,7 @@ class InputBatch:
         sampling = [index for index, s in enumerate(ordered) if s.samples]
         return StepArrays(
             tokens_3T=np.stack((self._tokens[rows_T, positions_T], positions_T, slots_T)),
+            rows_S=rows_S,
             query_lens=query_lens,
             context_lens=context_lens,
             block_tables_SB=self._blocks[rows_S, :width],

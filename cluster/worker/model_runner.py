@@ -19,7 +19,7 @@ from cluster.worker.host_blocks import HostBlocks
 from cluster.worker.input_batch import InputBatch, StepArrays
 from cluster.worker.sampler import sample
 
-_NOT_FINITE = (
+NOT_FINITE = (
     "the model's logits are not finite: its weights are damaged, or activations overflowed (worker.dtype float32 or "
     "bfloat16 reach further than float16)"
 )
@@ -79,7 +79,7 @@ class ModelRunner:
         )
         for state, token in zip(rows, tokens, strict=True):
             if token is None:
-                output.failed[state.sequence_id] = _NOT_FINITE
+                output.failed[state.sequence_id] = NOT_FINITE
             else:
                 self._batch.append(state, token.token_id)
                 output.sampled[state.sequence_id] = token

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+import numpy as np
 import torch
 
 _GOLDEN_GAMMA = 0x9E3779B97F4A7C15
@@ -24,10 +25,23 @@ _LARGEST_BELOW_ONE = 1.0 - 2.0**-53
 def random_key(seed: int, candidate_index: int, position: int) -> int:
     """The 64-bit key of one draw. ``seed`` is below 2**64; each word is mixed before the next comes in, so that
     neighbouring seeds, candidates and positions have unrelated keys."""
+    return _mix((sequence_key(seed, candidate_index) ^ position) + _GOLDEN_GAMMA & _MASK_64)
+
+
+def sequence_key(seed: int, candidate_index: int) -> int:
+    """What the keys of one sequence have in common; ``keys_at`` brings in the positions."""
     key = 0
-    for word in (seed, candidate_index, position):
+    for word in (seed, candidate_index):
         key = _mix((key ^ word) + _GOLDEN_GAMMA & _MASK_64)
     return key
+
+
+def keys_at(sequence_keys_R: np.ndarray, positions_R: np.ndarray) -> np.ndarray:
+    """``random_key`` of many sequences at once, one position each. All uint64, whose arithmetic is modulo 2**64."""
+    state_R = (sequence_keys_R ^ positions_R) + np.uint64(_GOLDEN_GAMMA)
+    for shift, factor in ((30, _MIX_1), (27, _MIX_2)):
+        state_R = (state_R ^ state_R >> np.uint64(shift)) * np.uint64(factor)
+    return state_R ^ state_R >> np.uint64(31)
 
 
 def random_bits(keys: Sequence[int], vocab_size: int, device: torch.device) -> torch.Tensor:

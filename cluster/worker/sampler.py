@@ -252,21 +252,30 @@ def _column(values: Sequence[float], device: torch.device, dtype: torch.dtype = 
 
 def _with_logprobs(logits_LV: torch.Tensor, tokens_L: torch.Tensor, counts: Sequence[int]) -> list[SampledToken]:
     """The tokens with their log probabilities and those of each row's ``counts`` likeliest tokens, likeliest first."""
+    ids_LK, logprobs_LK = ranked_logprobs(logits_LV, tokens_L, max(counts))
+    return [
+        token_with_logprobs(ids, logprobs, count)
+        for ids, logprobs, count in zip(ids_LK.tolist(), logprobs_LK.tolist(), counts, strict=True)
+    ]
+
+
+def ranked_logprobs(logits_LV: torch.Tensor, tokens_L: torch.Tensor, count: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """(ids, log probabilities), each (L, 1 + count): the row's token, then its likeliest ones. Waits for no device."""
     peak_L1 = logits_LV.amax(dim=-1, keepdim=True)
     total_L1 = weights(logits_LV - peak_L1).sum(dim=-1, keepdim=True)
     log_total_L1 = total_L1.to(torch.float64).div_(_WEIGHT_SCALE).log_().to(torch.float32)
-    width = min(max(counts), logits_LV.shape[-1])
     # One gather for the chosen and the likeliest tokens means one copy off the device.
-    ids_LK = torch.cat([tokens_L.unsqueeze(1), _likeliest(logits_LV, width)], dim=1)
-    logprobs_LK = logits_LV.gather(1, ids_LK) - peak_L1 - log_total_L1
-    return [
-        SampledToken(
-            token_id=ids[0],
-            logprob=logprobs[0],
-            top_logprobs=tuple(zip(ids[1 : count + 1], logprobs[1 : count + 1], strict=True)),
-        )
-        for ids, logprobs, count in zip(ids_LK.tolist(), logprobs_LK.tolist(), counts, strict=True)
-    ]
+    ids_LK = torch.cat([tokens_L.unsqueeze(1), _likeliest(logits_LV, min(count, logits_LV.shape[-1]))], dim=1)
+    return ids_LK, logits_LV.gather(1, ids_LK) - peak_L1 - log_total_L1
+
+
+def token_with_logprobs(ids: Sequence[int], logprobs: Sequence[float], count: int) -> SampledToken:
+    """A row of ``ranked_logprobs`` as a token with its ``count`` likeliest alternatives."""
+    return SampledToken(
+        token_id=ids[0],
+        logprob=logprobs[0],
+        top_logprobs=tuple(zip(ids[1 : count + 1], logprobs[1 : count + 1], strict=True)),
+    )
 
 
 def _likeliest(logits_LV: torch.Tensor, width: int) -> torch.Tensor:
