@@ -52,8 +52,8 @@ def _write_tokenizer(shape: Shape, directory: Path) -> None:
     """A word per token id; no text is ever made of them."""
     names = [f"t{token_id}" for token_id in range(shape.vocab_size)]
     special = {"bos_token": shape.config["bos_token_id"], "eos_token": shape.config["eos_token_id"]}
-    for name, token_id in special.items():
-        names[token_id] = f"<{name}>"
+    names[special["bos_token"]] = "<s>"
+    names[special["eos_token"]] = "<|endoftext|>"  # transformers adds this one to Qwen2's vocabularies that lack it
     tokenizer = Tokenizer(models.WordLevel({name: i for i, name in enumerate(names)}, unk_token=names[0]))
     tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
     tokenizer.save(str(directory / "tokenizer.json"))

@@ -20,6 +20,7 @@ import os
 import subprocess
 import sys
 import time
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -69,12 +70,16 @@ ENGINES = (
 )
 
 
-def prepare(engine: Engine, shape: Shape, work: Path, python: str) -> Path:
+def prepare(engine: Engine, shape: Shape, work: Path, pythons: Mapping[str, str]) -> Path:
+    """The engine's checkpoint. Its converter may have an environment of its own, named ``PROGRAM-export``."""
     source = create_source(shape, engine.source, work)
-    return convert(source, engine.program, python, engine.mode) if engine.converted else source
+    if not engine.converted:
+        return source
+    python = pythons.get(f"{engine.program}-export") or pythons.get(engine.program, sys.executable)
+    return convert(source, engine.program, python, engine.mode)
 
 
-def run_once(engine: Engine, python: str, task: Task, timeout_s: float) -> list[dict[str, Any]]:
+def run_once(engine: Engine, python: str, task: Task) -> list[dict[str, Any]]:
     """The runner's lines, with the time of each.
 
     Raises:
@@ -83,19 +88,21 @@ def run_once(engine: Engine, python: str, task: Task, timeout_s: float) -> list[
     command = [python, str(_RUNNERS / f"run_{engine.program}.py"), json.dumps(asdict(task))]
     start = time.monotonic()
     # A file, not a pipe: nobody reads it while the runner runs.
-    with open(Path(task.model) / f"{engine.program}-{engine.mode}.log", "w+") as log:
-        process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=log, text=True, env=_environment(python))
-        lines = []
-        try:
-            for line in process.stdout or ():
-                lines.append(json.loads(line) | {"at_s": time.monotonic() - start})
-            code = process.wait(timeout_s)
-        finally:
-            process.kill()
-            process.wait()
-        if code != 0:
+    with (
+        open(Path(task.model) / f"{engine.program}-{engine.mode}.log", "w+") as log,
+        subprocess.Popen(
+            command,
+            stdout=subprocess.PIPE,
+            stderr=log,
+            text=True,
+            env=_environment(python),
+            cwd=task.model,  # here, packages of the repository would stand in for others of the same name
+        ) as process,
+    ):
+        lines = [json.loads(line) | {"at_s": time.monotonic() - start} for line in process.stdout or ()]
+        if process.wait() != 0:
             log.seek(0)
-            raise RuntimeError(f"{engine.name} ended with exit code {code}:\n{log.read()[-2000:]}")
+            raise RuntimeError(f"{engine.name} ended with exit code {process.returncode}:\n{log.read()[-2000:]}")
     return lines
 
 
@@ -135,7 +142,7 @@ def main() -> None:
             print(f"round {round_index + 1}: {engine.name}", file=sys.stderr)
             try:
                 task = Task(
-                    model=str(prepare(engine, shape, args.work, python)),
+                    model=str(prepare(engine, shape, args.work, pythons)),
                     mode=engine.mode,
                     threads=args.threads,
                     vocab_size=shape.vocab_size,
@@ -146,7 +153,7 @@ def main() -> None:
                     prefill_rounds=3,
                     seed=round_index,
                 )
-                rounds.setdefault(engine.name, []).append(run_once(engine, python, task, timeout_s=60))
+                rounds.setdefault(engine.name, []).append(run_once(engine, python, task))
             except (RuntimeError, OSError) as error:
                 failures[engine.name] = str(error)
                 rounds.pop(engine.name, None)
