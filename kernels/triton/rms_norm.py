@@ -19,7 +19,8 @@ from torch import Tensor
 
 @triton.jit
 def _rms_norm_kernel(
-    x_ptr, weight_ptr, out_ptr, stride_token, stride_head, num_heads, size, eps, BLOCK: tl.constexpr
+    x_ptr, weight_ptr, out_ptr, stride_token, stride_head, stride_out_token, stride_out_head, num_heads, size, eps,
+    BLOCK: tl.constexpr,
 ):  # fmt: skip
     row = tl.program_id(0).to(tl.int64)
     column = tl.arange(0, BLOCK)
@@ -28,7 +29,8 @@ def _rms_norm_kernel(
     x = tl.load(source + column, mask=inside, other=0.0).to(tl.float32)
     weight = tl.load(weight_ptr + column, mask=inside, other=0.0).to(tl.float32)
     scale = 1.0 / tl.sqrt(tl.sum(x * x, axis=0) / size + eps)
-    tl.store(out_ptr + row * size + column, (x * scale * weight).to(out_ptr.dtype.element_ty), mask=inside)
+    target = out_ptr + row // num_heads * stride_out_token + row % num_heads * stride_out_head
+    tl.store(target + column, (x * scale * weight).to(out_ptr.dtype.element_ty), mask=inside)
 
 
 @triton.jit
@@ -49,14 +51,16 @@ def _add_rms_norm_kernel(
     tl.store(out_ptr + row * size + column, (wide * scale * weight).to(out_ptr.dtype.element_ty), mask=inside)
 
 
-def rms_norm(x: Tensor, weight_D: Tensor, eps: float) -> Tensor:
-    """As ``reference.rms_norm``; contiguous.
+def rms_norm(x: Tensor, weight_D: Tensor, eps: float, *, out: Tensor | None = None) -> Tensor:
+    """As ``reference.rms_norm``.
 
     Args:
         x: (T, D), or (T, N, D) with any strides but a unit one for D, as a slice of a packed projection has.
+        out: of x's shape and under the same rule; x itself is allowed. None: a new tensor, contiguous.
     """
     size, num_heads = x.shape[-1], 1 if x.dim() == 2 else x.shape[1]
-    out = torch.empty(x.shape, dtype=x.dtype, device=x.device)
+    if out is None:
+        out = torch.empty(x.shape, dtype=x.dtype, device=x.device)
     if not out.numel():
         return out
     block = triton.next_power_of_2(size)
@@ -66,6 +70,8 @@ def rms_norm(x: Tensor, weight_D: Tensor, eps: float) -> Tensor:
         out,
         x.stride(0),
         0 if x.dim() == 2 else x.stride(1),
+        out.stride(0),
+        0 if x.dim() == 2 else out.stride(1),
         num_heads,
         size,
         eps,
