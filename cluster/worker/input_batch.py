@@ -124,6 +124,14 @@ class InputBatch:
         except KeyError:
             raise EngineFault(f"sequence {sequence_id} is scheduled but was never sent") from None
 
+    def row(self, sequence_id: int) -> int:
+        """The sequence's place in the tables.
+
+        Raises:
+            EngineFault: no such sequence is live.
+        """
+        return self._state(sequence_id).row
+
     def arrays(self, scheduled: Sequence[ScheduledSequence]) -> StepArrays:
         """The step's arrays.
 
