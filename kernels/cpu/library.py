@@ -103,18 +103,16 @@ class Library:
 
 @functools.cache
 def library() -> Library | None:
-    """The library with this machine's best instruction set, or the one that CLUSTER_CPU_ISA names; None: there is none,
-    or that says ``none``.
+    """The library with this machine's best instruction set, or the one that CLUSTER_CPU_ISA names; None: there is none.
 
     Raises:
         ConfigError: CLUSTER_CPU_ISA names a set that this machine does not have.
     """
-    wanted = os.environ.get(_ISA_VARIABLE)
-    handle = None if wanted == "none" else _opened()
+    handle = _opened()
     if handle is None:
         return None
     best = Library(handle, "portable")
-    return best.with_isa(wanted or best.available()[0])
+    return best.with_isa(os.environ.get(_ISA_VARIABLE) or best.available()[0])
 
 
 def _opened() -> ctypes.CDLL | None:
