@@ -23,7 +23,8 @@ from cluster.kernels.triton.attention_split import SPLIT
 from cluster.kernels.triton.paged_decode import DecodePlan
 from cluster.kernels.triton.staging import to_device
 
-_INPUTS = ("table rows", "positions", "slots", "context lengths", "split starts")
+_ROWS, _POSITIONS, _SLOTS, _CONTEXTS, _SPLIT_STARTS = range(5)
+_NO_SLOT = -1  # of padding: nothing is stored
 
 Replay = Callable[[], None]
 Capture = Callable[[Callable[[], Tensor]], tuple[Replay, Tensor]]
@@ -83,7 +84,8 @@ class DecodeBuffers:
         device: torch.device,
     ) -> None:
         width = -(-max_num_seqs // 4) * 4  # rows of 16 bytes, for the kernels' sake
-        self._inputs_5N = torch.zeros((len(_INPUTS), width), dtype=torch.int32, device=device)
+        self._inputs_5N = torch.zeros((5, width), dtype=torch.int32, device=device)
+        self._inputs_5N[_SLOTS] = _NO_SLOT
         max_blocks = -(-max_model_len // block_size)
         self._block_tables_NB = torch.zeros((max_num_seqs, max_blocks), dtype=torch.int32, device=device)
         self._steps_N = torch.arange(max_num_seqs, dtype=torch.int32, device=device)
@@ -107,7 +109,7 @@ class DecodeBuffers:
         context_lens_S = np.array(context_lens)
         num_splits_S = -(-context_lens_S // SPLIT)
         inputs_5N = np.zeros(self._inputs_5N.shape, dtype=np.int32)
-        inputs_5N[2] = -1
+        inputs_5N[_SLOTS] = _NO_SLOT
         starts_S = np.cumsum(num_splits_S) - num_splits_S
         inputs_5N[:, :num_seqs] = np.stack((rows_S, positions_S, slots_S, context_lens_S, starts_S))
         staged_5N, tables_SB = to_device((inputs_5N, block_tables_SB.astype(np.int32)), self._device)
@@ -116,15 +118,14 @@ class DecodeBuffers:
 
     def tokens(self, size: int) -> tuple[Tensor, Tensor]:
         """(rows of the token table, positions) of a batch of this size, int64."""
-        rows_S, positions_S = self._inputs_5N[:2, :size].long()
-        return rows_S, positions_S
+        return self._inputs_5N[_ROWS, :size].long(), self._inputs_5N[_POSITIONS, :size].long()
 
     def metadata(self, size: int) -> DecodeMetadata:
         """What the model reads of a batch of this size."""
         decode = DecodePlan(
             tokens_S=self._steps_N[:size],
-            context_lens_S=self._inputs_5N[3, :size],
-            split_starts_S=self._inputs_5N[4, :size],
+            context_lens_S=self._inputs_5N[_CONTEXTS, :size],
+            split_starts_S=self._inputs_5N[_SPLIT_STARTS, :size],
             block_tables_SB=self._block_tables_NB[:size],
             num_splits=self._num_splits,
             max_splits=self._max_splits,
@@ -143,7 +144,7 @@ class DecodeBuffers:
             )
             return replace(made, decode=decode)
 
-        return DecodeMetadata(self._inputs_5N[2, :size], plan)
+        return DecodeMetadata(self._inputs_5N[_SLOTS, :size], plan)
 
 
 class DecodeGraphs:

@@ -40,6 +40,8 @@ class CudaRunner:
         capture: captures the graphs of decode steps; None: every step is launched kernel by kernel.
     """
 
+    max_in_flight = 2
+
     def __init__(
         self,
         model: Model,
@@ -77,7 +79,7 @@ class CudaRunner:
 
     @torch.inference_mode()
     def launch(self, step: StepInput) -> Callable[[], StepOutput]:
-        """Queues the step; what it returns waits for the step's tokens and must be called in the order of launches.
+        """Queues the step; what it returns waits for the step's tokens.
 
         Raises:
             EngineFault: the step contradicts those before it.

@@ -6,6 +6,8 @@ Shapes: T tokens of a step, S its sequences, R rows that sample, D hidden size, 
 from __future__ import annotations
 
 import time
+from collections.abc import Callable
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -28,6 +30,8 @@ NOT_FINITE = (
 class ModelRunner:
     """Runs steps of one model over one KV cache. Not thread-safe; holds the state of the live sequences."""
 
+    max_in_flight = 1
+
     def __init__(
         self, model: Model, batch: InputBatch, kv_caches: list[Tensor], *, dtype: torch.dtype, device: torch.device
     ) -> None:
@@ -45,6 +49,10 @@ class ModelRunner:
         self._device = device
         library = cpu_library() if device.type == "cpu" else None
         self._sample = sample if library is None else CpuSampler(library).sample
+
+    def launch(self, step: StepInput) -> Callable[[], StepOutput]:
+        """The step, to be run when its output is asked for."""
+        return partial(self.execute, step)
 
     @torch.inference_mode()
     def execute(self, step: StepInput) -> StepOutput:
