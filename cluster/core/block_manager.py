@@ -94,6 +94,12 @@ class BlockManager:
         table = self._tables.get(request_id)
         return () if table is None else tuple(table.block_ids)
 
+    def num_shared_blocks(self, request_id: int) -> int:
+        """How many of its first blocks are in the tables of others too."""
+        table = self._tables[request_id]
+        counted = table.block_ids[: table.num_counted]
+        return next((i for i, block_id in enumerate(counted) if self._num_holders[block_id] == 1), len(counted))
+
     def start(
         self, request_id: int, block_hashes: Sequence[bytes], num_tokens: int, *, num_spare_blocks: int = 0
     ) -> Start | None:
