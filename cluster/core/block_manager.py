@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import islice
 
+from cluster.core.eviction_queue import EvictionQueue
 from cluster.core.prefix_cache import PrefixCache
 
 
@@ -71,9 +72,10 @@ class BlockManager:
     Args:
         num_blocks: blocks in the pool, at least 1.
         block_size: tokens per block, at least 1.
+        evictable: says which cached block is given up first; None: as ``EvictionQueue`` does.
     """
 
-    def __init__(self, num_blocks: int, block_size: int) -> None:
+    def __init__(self, num_blocks: int, block_size: int, evictable: EvictionQueue | None = None) -> None:
         if num_blocks < 1 or block_size < 1:
             raise ValueError(f"a pool needs blocks: num_blocks={num_blocks}, block_size={block_size}")
         self.num_blocks = num_blocks
@@ -82,7 +84,7 @@ class BlockManager:
         self._free = list(range(num_blocks - 1, -1, -1))
         self._tables: dict[int, _Table] = {}
         self._num_holders: dict[int, int] = {}
-        self._cache = PrefixCache()
+        self._cache = PrefixCache(EvictionQueue(num_blocks) if evictable is None else evictable)
 
     @property
     def num_free_blocks(self) -> int:

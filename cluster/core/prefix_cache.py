@@ -4,30 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Collection, Iterable
 
+from cluster.core.cached_block import CachedBlock
 from cluster.core.eviction_queue import EvictionQueue
-
-
-class CachedBlock:
-    """A block whose content is known by name.
-
-    Attributes:
-        block_id: in the pool.
-        block_hash: name of its content, and of all that comes before it.
-        parent: the block before it in its chain; None at the beginning of a sequence.
-        num_children: blocks in the cache that follow it.
-        held: whether a request has it in its table.
-        last_used: when a request took or left it last, in events of this cache.
-    """
-
-    __slots__ = ("block_hash", "block_id", "held", "last_used", "num_children", "parent")
-
-    def __init__(self, block_id: int, block_hash: bytes, parent: CachedBlock | None, last_used: int) -> None:
-        self.block_id = block_id
-        self.block_hash = block_hash
-        self.parent = parent
-        self.num_children = 0
-        self.held = True
-        self.last_used = last_used
 
 
 class PrefixCache:
@@ -37,14 +15,17 @@ class PrefixCache:
     keep every block of the cache of use. A block is given up only when no child is left (leaves first), so a chain is
     never broken. And whoever holds a block holds all before it, so below a block that nobody holds there are only such
     blocks, and every one of them can be given up in turn: all ``num_idle`` of them are as good as free.
+
+    Args:
+        evictable: an empty queue, which says what is given up first.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, evictable: EvictionQueue) -> None:
         self._by_hash: dict[bytes, CachedBlock] = {}
         self._by_id: dict[int, CachedBlock] = {}
-        self._evictable = EvictionQueue()
+        self._evictable = evictable
         self._num_idle = 0
-        self._num_events = 0
+        self._num_inserted = 0
 
     def __len__(self) -> int:
         return len(self._by_id)
@@ -78,7 +59,8 @@ class PrefixCache:
         """
         if block_id in self._by_id:
             raise ValueError(f"block {block_id} holds what another hash names")
-        block = CachedBlock(block_id, block_hash, parent, self._num_events)
+        self._num_inserted += 1
+        block = CachedBlock(block_id, block_hash, parent, reused=self._evictable.recall(block_hash))
         if parent is not None:
             parent.num_children += 1
             self._evictable.discard(parent)
@@ -87,9 +69,8 @@ class PrefixCache:
 
     def hold(self, chain: Iterable[CachedBlock]) -> None:
         """Some request takes these blocks, parents first."""
-        self._num_events += 1
         for block in chain:
-            block.last_used = self._num_events
+            block.reused = True
             if not block.held:
                 block.held = True
                 self._num_idle -= 1
@@ -99,7 +80,7 @@ class PrefixCache:
         """Nobody holds this block any more, nor what follows it."""
         block = self._by_id[block_id]
         block.held = False
-        block.last_used = self._num_events
+        block.last_used = self._num_inserted
         self._num_idle += 1
         if block.num_children == 0:
             self._evictable.push(block)
@@ -139,7 +120,7 @@ class PrefixCache:
                 raise RuntimeError(f"cached block {block.block_id} has miscounted its children")
             evictable = not block.held and block.num_children == 0
             num_evictable += evictable
-            if evictable != (block in self._evictable):
+            if evictable != (block.ticket > 0):
                 raise RuntimeError(f"cached block {block.block_id}: exactly the leaves that nobody holds are evictable")
         num_idle = sum(not block.held for block in self._by_id.values())
         if (len(self._by_hash), self._num_idle, len(self._evictable)) != (len(self._by_id), num_idle, num_evictable):
