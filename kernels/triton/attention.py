@@ -1,6 +1,6 @@
 """The attention of a step: its plan, made once a step from lengths and block tables, and the call that runs it.
 
-Sequences that compute one token go to ``paged_decode``, all others to ``paged_prefill``.
+Sequences that compute one token go to ``paged_decode``, all others to ``paged_prefill``, or to FlashAttention.
 
 Shapes: S sequences, B blocks of the longest table, T tokens, H query heads, G key-value heads, D head size.
 """
@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from cluster.kernels.triton.attention_split import SPLIT
+from cluster.kernels.triton.flash_prefill import flash_attention, flash_prefill, takes
 from cluster.kernels.triton.paged_decode import DecodePlan, paged_decode
 from cluster.kernels.triton.paged_prefill import PrefillPlan, paged_prefill
 from cluster.kernels.triton.staging import to_device
@@ -70,7 +71,14 @@ def plan_attention(
     if len(decodes):
         decode = DecodePlan(*on_device[:4], num_splits=int(num_splits.sum()), max_splits=int(num_splits.max()))
     if len(chunks):
-        prefill = PrefillPlan(*on_device[4:], num_tokens=int(query_starts[-1]))
+        first_token = int(token_starts_S[chunks[0]])
+        side_by_side = bool((token_starts_S[chunks] - first_token == query_starts[:-1]).all())
+        prefill = PrefillPlan(
+            *on_device[4:],
+            num_tokens=int(query_starts[-1]),
+            max_query_len=int(query_lens_S.max()),
+            first_token=first_token if side_by_side else None,
+        )
     return AttentionPlan(decode, prefill, sliding_window, batch_invariant)
 
 
@@ -84,7 +92,11 @@ def paged_attention(
     if plan.decode is not None:
         tile = decode_tile(kv_cache.dtype, batch_invariant=invariant)
         paged_decode(q_THD, kv_cache, plan.decode, out_THD, tile=tile, **options)
-    if plan.prefill is not None:
+    if plan.prefill is None:
+        return out_THD
+    if not invariant and takes(q_THD, plan.prefill):
+        flash_prefill(q_THD, kv_cache, plan.prefill, out_THD, attend=flash_attention(), **options)
+    else:
         tile = prefill_tile(kv_cache.dtype, batch_invariant=invariant)
         paged_prefill(q_THD, kv_cache, plan.prefill, out_THD, tile=tile, **options)
     return out_THD

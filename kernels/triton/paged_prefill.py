@@ -30,6 +30,8 @@ class PrefillPlan:
         context_lens_S: positions up to its last token.
         block_tables_SB: padded on the right with anything.
         num_tokens: of these sequences together.
+        max_query_len: the most tokens of one of them.
+        first_token: where their tokens begin in the step, if they lie side by side; else None.
     """
 
     token_starts_S: Tensor
@@ -37,6 +39,8 @@ class PrefillPlan:
     context_lens_S: Tensor
     block_tables_SB: Tensor
     num_tokens: int
+    max_query_len: int
+    first_token: int | None
 
 
 @triton.jit(do_not_specialize=["stride_table", "num_seqs"])

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+from itertools import pairwise
+
 import numpy as np
 import pytest
 import torch
 from triton_setup import DEVICE, DTYPES, assert_near
 
 from cluster.kernels import reference
+from cluster.kernels.triton import attention, flash_prefill
 from cluster.kernels.triton.attention import paged_attention, plan_attention
 from cluster.kernels.triton.attention_split import SPLIT
 
@@ -150,6 +153,52 @@ def test_padding_of_a_batch_is_left_alone() -> None:
     plan.decode.block_tables_SB[1] = 2**30
     out = paged_attention(step.q, step.kv_cache, plan, scale=0.3)
     assert torch.equal(out[0], step.attend()[0])
+
+
+class TestFlashAttention:
+    """The call of FlashAttention 3, which is not here: a stand-in takes its arguments as its interface states them."""
+
+    def attend(self, q, k_cache, v_cache, **arguments) -> torch.Tensor:
+        starts = arguments["cu_seqlens_q"].tolist()
+        assert arguments["causal"]
+        assert arguments["max_seqlen_q"] == max(b - a for a, b in pairwise(starts))
+        left, right = arguments["window_size"]
+        assert right == (-1 if left == -1 else 0)
+        return reference.paged_attention(
+            q,
+            torch.stack((k_cache, v_cache)),
+            arguments["page_table"],
+            [b - a for a, b in pairwise(starts)],
+            arguments["cache_seqlens"].tolist(),
+            scale=arguments["softmax_scale"],
+            sliding_window=None if left == -1 else left + 1,
+            softcap=arguments["softcap"],
+        )
+
+    @pytest.mark.parametrize("options", [{}, {"sliding_window": 5}, {"softcap": 2.0}], ids=str)
+    def test_arguments(self, options: dict, monkeypatch: pytest.MonkeyPatch) -> None:
+        step = Step([1, 1, 9, 21], [30, 3, 40, 21])
+        expected = step.attend(batch_invariant=False, **options)
+        calls = []
+        monkeypatch.setattr(attention, "takes", lambda q, plan: calls.append(plan) or plan.first_token is not None)
+        monkeypatch.setattr(attention, "flash_attention", lambda: self.attend)
+        assert_near(step.attend(batch_invariant=False, **options), expected)
+        assert [plan.first_token for plan in calls] == [2]
+
+    def test_has_no_part_in_batch_invariant_mode(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.setattr(attention, "takes", lambda q, plan: pytest.fail("it was asked"))
+        Step([9], [40]).attend(batch_invariant=True)
+
+    def test_sequences_apart_are_left_to_our_kernel(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        plans = []
+        monkeypatch.setattr(attention, "takes", lambda q, plan: plans.append(plan))
+        Step([9, 1, 7], [40, 5, 7]).attend(batch_invariant=False)
+        assert plans[0].first_token is None
+
+    def test_not_installed(self) -> None:
+        if flash_prefill.flash_attention() is not None:
+            pytest.skip("FlashAttention 3 is installed")
+        assert not flash_prefill.takes(torch.zeros(1, 1, 64, dtype=torch.bfloat16, device=DEVICE), None)
 
 
 @pytest.mark.gpu
