@@ -139,29 +139,54 @@ def _mask(
     return (mask_QL[:, None, None, :] if query_len == 1 else mask_QL), False
 
 
-def paged_attention(q_THD: Tensor, kv_cache: Tensor, groups: Sequence[AttentionGroup], *, scale: float) -> Tensor:
+def paged_attention(
+    q_THD: Tensor, kv_cache: Tensor, groups: Sequence[AttentionGroup], *, scale: float, softcap: float = 0.0
+) -> Tensor:
     """As ``reference.paged_attention``, with lengths, tables and window in the plan; gives (T, H, D)."""
     if len(groups) == 1:
-        return _group_attention(q_THD, kv_cache, groups[0], scale)
-    return torch.cat([_group_attention(q_THD[g.start : g.stop], kv_cache, g, scale) for g in groups])
+        return _group_attention(q_THD, kv_cache, groups[0], scale, softcap)
+    return torch.cat([_group_attention(q_THD[g.start : g.stop], kv_cache, g, scale, softcap) for g in groups])
 
 
-def _group_attention(q_THD: Tensor, kv_cache: Tensor, group: AttentionGroup, scale: float) -> Tensor:
+def _group_attention(q_THD: Tensor, kv_cache: Tensor, group: AttentionGroup, scale: float, softcap: float) -> Tensor:
     num_tokens, num_heads, head_dim = q_THD.shape
     num_kv_heads = kv_cache.shape[3]
-    blocks = kv_cache.index_select(1, group.block_ids)
+    blocks = kv_cache.index_select(1, group.block_ids).to(q_THD.dtype)
     kv_SLGD = blocks.view(2, group.num_seqs, -1, num_kv_heads, head_dim)[:, :, : group.num_positions]
     k_SGLD, v_SGLD = kv_SLGD.transpose(2, 3).unbind()
+    if softcap:
+        return _capped_attention(q_THD, k_SGLD, v_SGLD, group, scale, softcap)
     if num_tokens == group.num_seqs:
         # The R query heads that share a key-value head stand in as its queries: no head is ever repeated.
-        q_SGRD = q_THD.view(num_tokens, num_kv_heads, -1, head_dim)
+        q_SGRD = q_THD.reshape(num_tokens, num_kv_heads, -1, head_dim)
         out_SGRD = F.scaled_dot_product_attention(q_SGRD, k_SGLD, v_SGLD, attn_mask=group.mask, scale=scale)
         return out_SGRD.reshape(num_tokens, num_heads, head_dim)
     # One sequence: key-value heads stand in as the batch, expanded without a copy over the R query heads.
-    q_GRQD = q_THD.view(num_tokens, num_kv_heads, -1, head_dim).permute(1, 2, 0, 3)
+    q_GRQD = q_THD.unflatten(1, (num_kv_heads, -1)).permute(1, 2, 0, 3)
     k_GRLD = k_SGLD[0, :, None].expand(-1, q_GRQD.shape[1], -1, -1)
     v_GRLD = v_SGLD[0, :, None].expand(-1, q_GRQD.shape[1], -1, -1)
     out_GRQD = F.scaled_dot_product_attention(
         q_GRQD, k_GRLD, v_GRLD, attn_mask=group.mask, is_causal=group.is_causal, scale=scale
     )
     return out_GRQD.permute(2, 0, 1, 3).reshape(num_tokens, num_heads, head_dim)
+
+
+def _capped_attention(
+    q_THD: Tensor, k_SGLD: Tensor, v_SGLD: Tensor, group: AttentionGroup, scale: float, softcap: float
+) -> Tensor:
+    """``softmax(cap * tanh(q k^T * scale / cap)) v`` (Gemma 2). torch's fused attention has no cap, so the scores are
+    written out, in float32."""
+    num_kv_heads, head_dim = k_SGLD.shape[1], k_SGLD.shape[3]
+    k_SG1LD, v_SG1LD = k_SGLD.unsqueeze(2).float(), v_SGLD.unsqueeze(2).float()
+    q_SQGRD = q_THD.reshape(group.num_seqs, -1, num_kv_heads, q_THD.shape[1] // num_kv_heads, head_dim)
+    q_SGRQD = q_SQGRD.permute(0, 2, 3, 1, 4).float()
+    scores_SGRQL = softcap * torch.tanh(q_SGRQD @ k_SG1LD.transpose(-1, -2) * (scale / softcap))
+    if group.mask is not None:
+        # (S, 1, 1, L) for decodes, (Q, L) for a chunk.
+        scores_SGRQL += group.mask.unsqueeze(1) if group.mask.dim() == 4 else group.mask
+    elif group.is_causal:
+        num_queries, num_positions = scores_SGRQL.shape[-2:]
+        hidden_QL = torch.ones(num_queries, num_positions, dtype=torch.bool, device=q_THD.device).triu_(1)
+        scores_SGRQL.masked_fill_(hidden_QL, float("-inf"))
+    out_SGRQD = scores_SGRQL.softmax(dim=-1) @ v_SG1LD
+    return out_SGRQD.permute(0, 3, 1, 2, 4).reshape(q_THD.shape).to(q_THD.dtype)

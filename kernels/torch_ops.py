@@ -1,4 +1,4 @@
-"""The torch backend's element-wise ops: the formulas of ``reference.py`` in as few torch calls as they take.
+"""The torch backend's ops but for attention: the formulas of ``reference.py`` in as few torch calls as they take.
 
 At small batches a step's time is the number of calls, not their arithmetic.
 """
@@ -10,8 +10,17 @@ import torch.nn.functional as F
 from torch import Tensor
 
 
-def rms_norm(x_TD: Tensor, weight_D: Tensor, eps: float) -> Tensor:
-    return F.rms_norm(x_TD, weight_D.shape, weight_D, eps)
+def linear(x_TI: Tensor, weight_OI: Tensor, bias_O: Tensor | None = None) -> Tensor:
+    return F.linear(x_TI, weight_OI, bias_O)
+
+
+def embedding(input_ids_T: Tensor, weight_VD: Tensor) -> Tensor:
+    return F.embedding(input_ids_T, weight_VD)
+
+
+def rms_norm(x: Tensor, weight_D: Tensor, eps: float, *, out: Tensor | None = None) -> Tensor:
+    normed = F.rms_norm(x, weight_D.shape, weight_D, eps)
+    return normed if out is None else out.copy_(normed)
 
 
 def add_rms_norm(x_TD: Tensor, residual_TD: Tensor, weight_D: Tensor, eps: float) -> tuple[Tensor, Tensor]:
@@ -19,18 +28,41 @@ def add_rms_norm(x_TD: Tensor, residual_TD: Tensor, weight_D: Tensor, eps: float
     return F.rms_norm(total_TD, weight_D.shape, weight_D, eps), total_TD
 
 
-def rotary(x_TND: Tensor, cos_T1D: Tensor, sin_T1D: Tensor) -> Tensor:
-    x1, x2 = x_TND.chunk(2, dim=-1)
-    return torch.addcmul(x_TND * cos_T1D, torch.cat((x2, x1), dim=-1), sin_T1D)
-
-
 def silu_mul(gate_up_TF: Tensor) -> Tensor:
     gate_TF, up_TF = gate_up_TF.chunk(2, dim=-1)
     return F.silu(gate_TF).mul_(up_TF)
 
 
+def rotary_angles(
+    positions_T: Tensor, frequencies_R: Tensor, scale: float, dtype: torch.dtype
+) -> tuple[Tensor, Tensor]:
+    angles_TR = positions_T[:, None].float() * frequencies_R
+    return (angles_TR.cos() * scale).to(dtype), (angles_TR.sin() * scale).to(dtype)
+
+
+def rotary_and_cache(
+    qkv_TND: Tensor,
+    cos_TR: Tensor,
+    sin_TR: Tensor,
+    kv_cache: Tensor,
+    slot_mapping_T: Tensor,
+    num_heads: int,
+    num_kv_heads: int,
+) -> Tensor:
+    # Queries and keys lie side by side and turn alike: one pass for both, in place.
+    turning = num_heads + num_kv_heads
+    x1, x2 = qkv_TND[:, :turning].chunk(2, dim=-1)
+    cos_T1R, sin_T1R = cos_TR[:, None], sin_TR[:, None]
+    x1_sin = x1 * sin_T1R
+    x1.mul_(cos_T1R).addcmul_(x2, sin_T1R, value=-1)
+    x2.mul_(cos_T1R).add_(x1_sin)
+    reshape_and_cache(qkv_TND[:, num_heads:turning], qkv_TND[:, turning:], kv_cache, slot_mapping_T)
+    return qkv_TND[:, :num_heads]
+
+
 def reshape_and_cache(k_TGD: Tensor, v_TGD: Tensor, kv_cache: Tensor, slot_mapping_T: Tensor) -> None:
-    if k_TGD.dtype == torch.float16:
+    k_TGD, v_TGD = k_TGD.to(kv_cache.dtype), v_TGD.to(kv_cache.dtype)
+    if kv_cache.dtype == torch.float16:
         # Where one sequence overflows, no infinity may stay in a block that another sequence gets later: masked slots
         # are multiplied by zero, which does not silence it.
         k_TGD, v_TGD = k_TGD.nan_to_num(), v_TGD.nan_to_num()

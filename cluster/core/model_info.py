@@ -15,11 +15,15 @@ class ModelInfo:
             KV pool where that is smaller. At most ``kv_capacity_tokens``: a longer sequence could never be finished.
         vocab_size: valid token ids are below this.
         eos_token_ids: ids that end a text.
-        dtype: of weights and activations, e.g. ``"float32"``.
+        dtype: of activations, e.g. ``"float32"``.
         device: e.g. ``"cpu"``, ``"cuda:0"``.
         num_blocks: KV blocks in the pool.
         block_size: tokens per block.
-        backend: the model back end and kernels in use, in words.
+        backend: the model back end, kernels and weights in use, in words.
+        kernels: in use, e.g. ``"cpu avx512"``, ``"torch"``.
+        weights: number format of the matrices, e.g. ``"int8"``.
+        kv_cache_dtype: of cached keys and values.
+        batch_invariant: a request's tokens and log probabilities are the same bit for bit alone and in any batch.
     """
 
     architecture: str
@@ -31,6 +35,10 @@ class ModelInfo:
     num_blocks: int
     block_size: int
     backend: str
+    kernels: str = "torch"
+    weights: str = "float32"
+    kv_cache_dtype: str = "float32"
+    batch_invariant: bool = False
 
     @property
     def kv_capacity_tokens(self) -> int:

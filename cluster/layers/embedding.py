@@ -2,24 +2,31 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
+
+from cluster import kernels
 
 
 class Embedding(nn.Module):
     """Rows of ``weight`` (V, D)."""
+
+    weight: Any
 
     def __init__(self, vocab_size: int, hidden_size: int) -> None:
         super().__init__()
         self.weight = nn.Parameter(torch.empty(vocab_size, hidden_size), requires_grad=False)
 
     def forward(self, input_ids_T: Tensor) -> Tensor:
-        return F.embedding(input_ids_T, self.weight)
+        return kernels.embedding(input_ids_T, self.weight)
 
 
 class OutputHead(nn.Module):
-    """Hidden states to float32 logits. Tied weights are the embedding's own parameter."""
+    """Hidden states to float32 logits. Tied weights are the embedding's own."""
+
+    weight: Any
 
     def __init__(self, vocab_size: int, hidden_size: int, *, tied_to: Embedding | None = None) -> None:
         super().__init__()
@@ -29,4 +36,4 @@ class OutputHead(nn.Module):
             self.weight = tied_to.weight
 
     def forward(self, hidden_SD: Tensor) -> Tensor:
-        return F.linear(hidden_SD, self.weight).float()
+        return kernels.linear(hidden_SD, self.weight, None).float()

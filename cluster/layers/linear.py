@@ -5,15 +5,20 @@ Shapes: T tokens, I input size, O output size, M the merged outputs together.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
+from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
+
+from cluster import kernels
 
 
 class Linear(nn.Module):
-    """``x W^T + b`` with uninitialised weights: a checkpoint fills them."""
+    """``x W^T + b`` with empty weights: a loader puts in the checkpoint's, as the backend in use takes them."""
+
+    weight: Any
+    bias: Tensor | None
 
     def __init__(self, in_features: int, out_features: int, *, bias: bool = False) -> None:
         super().__init__()
@@ -21,7 +26,7 @@ class Linear(nn.Module):
         self.bias = nn.Parameter(torch.empty(out_features), requires_grad=False) if bias else None
 
     def forward(self, x_TI: Tensor) -> Tensor:
-        return F.linear(x_TI, self.weight, self.bias)
+        return kernels.linear(x_TI, self.weight, self.bias)
 
 
 class MergedLinear(Linear):
@@ -38,9 +43,3 @@ class MergedLinear(Linear):
         """
         super().__init__(in_features, sum(parts.values()), bias=bias)
         self.parts = dict(parts)
-
-    def part_tensors(self) -> Iterator[tuple[str, Tensor]]:
-        """(``q_proj.weight``, the view of its rows) for every part and parameter."""
-        for kind, parameter in self.named_parameters(recurse=False):
-            for name, rows in zip(self.parts, parameter.split(list(self.parts.values())), strict=True):
-                yield f"{name}.{kind}", rows

@@ -1,4 +1,4 @@
-"""Root-mean-square normalisation. T tokens, D hidden size."""
+"""Root-mean-square normalisation. T tokens, N heads, D hidden or head size."""
 
 from __future__ import annotations
 
@@ -22,3 +22,7 @@ class RMSNorm(nn.Module):
     def add(self, x_TD: Tensor, residual_TD: Tensor) -> tuple[Tensor, Tensor]:
         """(normalised sum, sum) of a sub-layer's output and the residual stream."""
         return kernels.add_rms_norm(x_TD, residual_TD, self.weight, self.eps)
+
+    def heads_(self, x_TND: Tensor) -> None:
+        """Normalises every head of ``x_TND``, in place."""
+        kernels.rms_norm(x_TND, self.weight, self.eps, out=x_TND)

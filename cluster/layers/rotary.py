@@ -11,6 +11,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
+from cluster import kernels
+
 ROPE_TYPES = ("default", "linear", "llama3", "yarn")
 
 
@@ -105,15 +107,10 @@ class RotaryEmbedding(nn.Module):
 
     def __init__(self, rope: RopeParameters, head_dim: int) -> None:
         super().__init__()
+        # On the CPU until a loader moves it; float32 whatever the model's dtype: positions need its digits.
         frequencies_R, self.scale = inverse_frequencies(rope, head_dim)
-        # Follows the device that the model is built on; float32 whatever the model's dtype: positions need its digits.
-        device = torch.get_default_device()
-        self.register_buffer("inverse_frequencies_R", frequencies_R.to(device), persistent=False)
+        self.register_buffer("inverse_frequencies_R", frequencies_R, persistent=False)
 
     def forward(self, positions_T: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-        """(cos, sin), each (T, 1, D) in ``dtype``, in the layout that ``kernels.rotary`` takes."""
-        angles_TR = positions_T[:, None].float() * self.inverse_frequencies_R
-        cos_TR, sin_TR = angles_TR.cos() * self.scale, angles_TR.sin() * self.scale
-        cos_T1D = torch.cat((cos_TR, cos_TR), dim=-1).to(dtype)[:, None]
-        sin_T1D = torch.cat((-sin_TR, sin_TR), dim=-1).to(dtype)[:, None]
-        return cos_T1D, sin_T1D
+        """(cos, sin), each (T, R) in ``dtype``."""
+        return kernels.rotary_angles(positions_T, self.inverse_frequencies_R, self.scale, dtype)

@@ -3,7 +3,8 @@
 Attribute names are Hugging Face's, so that loading is a loop; only the projections of one input are merged
 (``qkv_proj``, ``gate_up_proj``).
 
-Shapes: T tokens of a step, S rows that sample, D hidden size, H query heads, G key-value heads, V vocabulary.
+Shapes: T tokens of a step, S rows that sample, D hidden or head size, R half a head, N all heads of queries, keys and
+values, G key-value heads, V vocabulary.
 """
 
 from __future__ import annotations
@@ -51,20 +52,22 @@ class DecoderAttention(nn.Module):
         self.o_proj = Linear(q_size, config.hidden_size, bias=options.output_bias)
         self.q_norm = RMSNorm(self.head_dim, config.rms_norm_eps) if options.qk_norm else None
         self.k_norm = RMSNorm(self.head_dim, config.rms_norm_eps) if options.qk_norm else None
-        self.attention = Attention(scale=self.head_dim**-0.5, sliding_window=sliding_window)
+        self.attention = Attention(
+            num_heads=self.num_heads,
+            num_kv_heads=self.num_kv_heads,
+            scale=self.head_dim**-0.5,
+            sliding_window=sliding_window,
+        )
 
     def forward(
-        self, x_TD: Tensor, rope_T1D: tuple[Tensor, Tensor], attn: AttentionMetadata, kv_cache: Tensor
+        self, x_TD: Tensor, rope_TR: tuple[Tensor, Tensor], attn: AttentionMetadata, kv_cache: Tensor
     ) -> Tensor:
         heads, kv_heads = self.num_heads, self.num_kv_heads
-        qkv = self.qkv_proj(x_TD).view(x_TD.shape[0], heads + 2 * kv_heads, self.head_dim)
+        qkv_TND = self.qkv_proj(x_TD).view(x_TD.shape[0], heads + 2 * kv_heads, self.head_dim)
         if self.q_norm is not None and self.k_norm is not None:
-            q_THD = kernels.rotary(self.q_norm(qkv[:, :heads]), *rope_T1D)
-            k_TGD = kernels.rotary(self.k_norm(qkv[:, heads : heads + kv_heads]), *rope_T1D)
-        else:
-            # Queries and keys lie side by side and turn alike: one call for both.
-            q_THD, k_TGD = kernels.rotary(qkv[:, : heads + kv_heads], *rope_T1D).split((heads, kv_heads), dim=1)
-        out_THD = self.attention(q_THD, k_TGD, qkv[:, heads + kv_heads :], kv_cache, attn)
+            self.q_norm.heads_(qkv_TND[:, :heads])
+            self.k_norm.heads_(qkv_TND[:, heads : heads + kv_heads])
+        out_THD = self.attention(qkv_TND, rope_TR, kv_cache, attn)
         return self.o_proj(out_THD.flatten(1))
 
 
@@ -91,7 +94,7 @@ class DecoderLayer(nn.Module):
         self,
         x_TD: Tensor,
         residual_TD: Tensor | None,
-        rope_T1D: tuple[Tensor, Tensor],
+        rope_TR: tuple[Tensor, Tensor],
         attn: AttentionMetadata,
         kv_cache: Tensor,
     ) -> tuple[Tensor, Tensor]:
@@ -100,7 +103,7 @@ class DecoderLayer(nn.Module):
             x_TD, residual_TD = self.input_layernorm(x_TD), x_TD
         else:
             x_TD, residual_TD = self.input_layernorm.add(x_TD, residual_TD)
-        x_TD = self.self_attn(x_TD, rope_T1D, attn, kv_cache)
+        x_TD = self.self_attn(x_TD, rope_TR, attn, kv_cache)
         x_TD, residual_TD = self.post_attention_layernorm.add(x_TD, residual_TD)
         return self.mlp(x_TD), residual_TD
 
@@ -117,9 +120,9 @@ class Decoder(nn.Module):
         self, input_ids_T: Tensor, positions_T: Tensor, attn: AttentionMetadata, kv_caches: Sequence[Tensor]
     ) -> Tensor:
         x_TD, residual_TD = self.embed_tokens(input_ids_T), None
-        rope_T1D = self.rotary_emb(positions_T, x_TD.dtype)
+        rope_TR = self.rotary_emb(positions_T, x_TD.dtype)
         for layer, kv_cache in zip(self.layers, kv_caches, strict=True):
-            x_TD, residual_TD = layer(x_TD, residual_TD, rope_T1D, attn, kv_cache)
+            x_TD, residual_TD = layer(x_TD, residual_TD, rope_TR, attn, kv_cache)
         x_TD, _ = self.norm.add(x_TD, residual_TD)
         return x_TD
 
@@ -130,13 +133,15 @@ class DecoderForCausalLM(nn.Module):
     backend = "cluster"
 
     def __init__(self, config: ModelConfig) -> None:
-        """Leaves every weight uninitialised, on torch's default device and in its default dtype."""
+        """Leaves every weight empty: ``models.weights.load_weights`` fills them."""
         super().__init__()
         self.num_layers = config.num_hidden_layers
         self.num_kv_heads = config.num_key_value_heads
         self.head_dim = config.head_dim
         self.vocab_size = config.vocab_size
         self.max_position_embeddings = config.max_position_embeddings
+        # The residual stream and its norm, beside gates, ups and their product; attention holds fewer.
+        self.activation_width = 3 * config.hidden_size + 3 * config.intermediate_size
         self.model = Decoder(config, self.options(config))
         tied_to = self.model.embed_tokens if config.tie_word_embeddings else None
         self.lm_head = OutputHead(config.vocab_size, config.hidden_size, tied_to=tied_to)

@@ -28,7 +28,6 @@ from transformers.utils import logging as transformers_logging
 from cluster import kernels
 from cluster.errors import CheckpointError, Unsupported
 from cluster.layers.attention import AttentionMetadata
-from cluster.layers.softcap_attention import softcap_attention
 from cluster.models.config import ConfigFile, read_architecture
 
 _ATTENTION = "cluster_paged"
@@ -86,9 +85,7 @@ class _PagedAttention:
         kernels.reshape_and_cache(k_TGD, v_TGD, kv_cache, self._attn.slot_mapping_T)
         scale = q_THD.shape[-1] ** -0.5 if scaling is None else scaling
         plan = self._attn.plan(sliding_window)
-        if softcap is None:
-            return kernels.paged_attention(q_THD, kv_cache, plan, scale=scale).unsqueeze(0)
-        return softcap_attention(q_THD, kv_cache, plan, scale=scale, softcap=softcap).unsqueeze(0)
+        return kernels.paged_attention(q_THD, kv_cache, plan, scale=scale, softcap=softcap or 0.0).unsqueeze(0)
 
     def _probe(self, module: nn.Module, q_1HTD: Tensor, k_1GTD: Tensor, v_1GTD: Tensor, others: dict[str, Any]) -> None:
         causal = others.pop("is_causal", None)
@@ -173,6 +170,8 @@ class TransformersModel(nn.Module):
         config = model.config.get_text_config()
         self.vocab_size: int = config.vocab_size
         self.max_position_embeddings = _max_position_embeddings(self._architecture, config)
+        # Nothing is said of what lies between: this is room for an MLP of eight times the hidden size, unfused.
+        self.activation_width = 32 * config.hidden_size
         self.num_layers, self.num_kv_heads, self.head_dim = self._probe(config.num_hidden_layers)
 
     @classmethod

@@ -1,134 +1,107 @@
-"""Weights from safetensors files straight into a model's parameters."""
+"""What a model's parameters are called in a checkpoint, and how a source's numbers get into them.
+
+Models are built on torch's "meta" device: parameters have shapes and no memory. A loader puts a tensor, or a matrix as
+the backend has packed it, in the place of each.
+"""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Iterator
-from pathlib import Path
+from dataclasses import dataclass, field
+from typing import Any
 
-from safetensors import SafetensorError, safe_open
+import torch
 from torch import Tensor, nn
 
-from cluster.errors import CheckpointError
+from cluster.layers.embedding import Embedding, OutputHead
 from cluster.layers.linear import MergedLinear
-from cluster.models.config import ConfigFile
+from cluster.models.tensor_source import TensorSource
 
-_SINGLE = "model.safetensors"
-_INDEX = "model.safetensors.index.json"
-_DTYPES = ("F64", "F32", "F16", "BF16")
+_CHUNK_BYTES = 2**23  # of rows read at a time
+_ROW_STEP = 16  # rows are handed on in multiples of it, as packed matrices take them
 
 
-def load_weights(model: nn.Module, checkpoint: Path) -> None:
-    """Fills every parameter of ``model``, converting to its dtype and device.
+@dataclass(frozen=True, kw_only=True)
+class Target:
+    """A parameter of the model, under the names of the tensors that it is made of.
 
-    Raises:
-        CheckpointError: naming the file and tensor that is missing, left over, of another shape, or broken.
+    Attributes:
+        name: of the parameter in the model.
+        parts: (name, rows) of the checkpoint's tensors that lie in it one below the other.
+        shape: of the whole.
+        is_vocabulary: whether its rows are the vocabulary's: an embedding or an output head.
+        owners: modules that hold it and what it is called there; several where weights are tied.
     """
-    targets, tied = checkpoint_tensors(model)
-    missing, unexpected = set(targets), []
-    for file, name, tensor in _stored_tensors(checkpoint):
-        if name in tied or name.endswith(".rotary_emb.inv_freq"):  # older checkpoints store what can be derived
-            continue
-        if name not in targets:
-            unexpected.append(f"{name} ({file.name})")
-            continue
-        if name not in missing:
-            raise CheckpointError(f"{file}: tensor {name} is stored twice, here and in another file")
-        if tensor.shape != targets[name].shape:
-            raise CheckpointError(
-                f"{file}: tensor {name} has shape {list(tensor.shape)}; config.json asks for "
-                f"{list(targets[name].shape)}"
-            )
-        targets[name].copy_(tensor)
-        missing.discard(name)
-    if missing:
-        raise CheckpointError(f"{checkpoint}: {_listing(missing)} missing from the safetensors files")
-    if unexpected:
-        raise CheckpointError(
-            f"{checkpoint}: {_listing(unexpected)} in the safetensors files but not in the model that config.json "
-            f"describes"
-        )
+
+    name: str
+    parts: tuple[tuple[str, int], ...]
+    shape: tuple[int, ...]
+    is_vocabulary: bool
+    owners: list[tuple[nn.Module, str]] = field(default_factory=list)
+
+    @property
+    def is_matrix(self) -> bool:
+        return len(self.shape) == 2
+
+    def part_shapes(self) -> dict[str, tuple[int, ...]]:
+        return {name: (rows, *self.shape[1:]) for name, rows in self.parts}
+
+    def chunks(self, source: TensorSource) -> Iterator[tuple[int, Tensor]]:
+        """(first row, rows) of the whole parameter, a few at a time and each a multiple of 16 but the last."""
+        row_numbers = math.prod(self.shape[1:])
+        step = max(_ROW_STEP, _CHUNK_BYTES // (4 * row_numbers) // _ROW_STEP * _ROW_STEP)
+        for first in range(0, self.shape[0], step):
+            last = min(first + step, self.shape[0])
+            pieces, start = [], 0
+            for name, shape in self.part_shapes().items():
+                low, high = max(first, start), min(last, start + shape[0])
+                if low < high:
+                    pieces.append(source.rows(name, shape, low - start, high - start))
+                start += shape[0]
+            yield first, pieces[0] if len(pieces) == 1 else torch.cat(pieces)
+
+    def put(self, value: Any) -> None:
+        """Puts ``value`` in the parameter's place."""
+        for module, name in self.owners:
+            delattr(module, name)  # a parameter's name takes nothing but parameters
+            setattr(module, name, value)
 
 
-def checkpoint_tensors(model: nn.Module) -> tuple[dict[str, Tensor], set[str]]:
-    """(tensor name in a checkpoint to the parameter, or view of one, that takes it; names tied to another's)."""
-    targets: dict[str, Tensor] = {}
+def find_targets(model: nn.Module) -> tuple[list[Target], set[str]]:
+    """(the parameters of ``model``, names that older checkpoints store though they are tied to another's)."""
+    targets: dict[nn.Parameter, Target] = {}
     tied: set[str] = set()
-    owned: set[nn.Parameter] = set()
     for prefix, module in model.named_modules():
-        if isinstance(module, MergedLinear):
-            parent = prefix.rpartition(".")[0]
-            targets |= {f"{parent}.{name}": rows for name, rows in module.part_tensors()}
-            continue
         for name, parameter in module.named_parameters(recurse=False):
-            if parameter in owned:
-                tied.add(f"{prefix}.{name}")
+            full_name = f"{prefix}.{name}"
+            if parameter in targets:
+                tied.add(full_name)
             else:
-                owned.add(parameter)
-                targets[f"{prefix}.{name}"] = parameter
-    return targets, tied
+                parts: tuple[tuple[str, int], ...] = ((full_name, parameter.shape[0]),)
+                if isinstance(module, MergedLinear):
+                    parent = prefix.rpartition(".")[0]
+                    parts = tuple((f"{parent}.{part}.{name}", rows) for part, rows in module.parts.items())
+                targets[parameter] = Target(
+                    name=full_name,
+                    parts=parts,
+                    shape=tuple(parameter.shape),
+                    is_vocabulary=isinstance(module, Embedding | OutputHead),
+                )
+            targets[parameter].owners.append((module, name))
+    return list(targets.values()), tied
 
 
-def num_weights(checkpoint: Path) -> int:
-    """Numbers stored in the checkpoint, from its files' headers."""
-    total = 0
-    for file in weight_files(checkpoint):
-        with _opened(file) as tensors:
-            total += sum(math.prod(tensors.get_slice(name).get_shape()) for name in tensors.keys())  # noqa: SIM118
-    return total
+def check_source(source: TensorSource, targets: list[Target], tied: set[str]) -> None:
+    """Raises CheckpointError unless ``source`` has what the targets ask for, and nothing else."""
+    wanted = {name: shape for target in targets for name, shape in target.part_shapes().items()}
+    source.check(wanted, tied)
 
 
-def weight_files(checkpoint: Path) -> list[Path]:
-    """The safetensors files, single or sharded.
-
-    Raises:
-        CheckpointError: there are none, or the index names one that is not there.
-    """
-    if (checkpoint / _SINGLE).is_file():
-        return [checkpoint / _SINGLE]
-    if (checkpoint / _INDEX).is_file():
-        return [checkpoint / name for name in sorted(set(_weight_map(checkpoint).values()))]
-    if pickles := sorted(path.name for path in checkpoint.glob("*.bin")):
-        raise CheckpointError(
-            f"{checkpoint} holds pickled weights only ({', '.join(pickles[:3])}), which can run code when loaded: "
-            f"convert them to safetensors (save_pretrained of transformers does)"
-        )
-    raise CheckpointError(f"{checkpoint} has no weights: neither {_SINGLE} nor {_INDEX} is there")
-
-
-def _weight_map(checkpoint: Path) -> dict[str, str]:
-    index = ConfigFile.read(checkpoint / _INDEX)
-    if not index.has("weight_map"):
-        raise index.error("weight_map", "is missing")
-    weight_map = index.sub("weight_map").values
-    for name, file in weight_map.items():
-        if not isinstance(file, str) or Path(file).name != file:
-            raise index.error(f"weight_map.{name}", f"is {file!r}; it must be the name of a file beside the index")
-        if not (checkpoint / file).is_file():
-            raise index.error(f"weight_map.{name}", f"names {file}, which is not there: the download is incomplete")
-    return dict(weight_map)
-
-
-def _stored_tensors(checkpoint: Path) -> Iterator[tuple[Path, str, Tensor]]:
-    for file in weight_files(checkpoint):
-        with _opened(file) as tensors:
-            for name in tensors.keys():  # noqa: SIM118 (an open file, not a dict)
-                stored = tensors.get_slice(name).get_dtype()
-                if stored not in _DTYPES:
-                    raise CheckpointError(
-                        f"{file}: tensor {name} is stored as {stored}; it must be one of {', '.join(_DTYPES)}"
-                    )
-                yield file, name, tensors.get_tensor(name)
-
-
-def _opened(file: Path) -> safe_open:
-    try:
-        return safe_open(file, framework="pt", device="cpu")
-    except (SafetensorError, OSError) as error:
-        raise CheckpointError(f"{file} is no complete safetensors file: {error}") from error
-
-
-def _listing(names: set[str] | list[str], limit: int = 5) -> str:
-    shown = ", ".join(sorted(names)[:limit])
-    rest = len(names) - limit
-    return f"{'tensor' if len(names) == 1 else 'tensors'} {shown}{f' and {rest} more' if rest > 0 else ''}"
+def load_dense(targets: list[Target], source: TensorSource, dtype: torch.dtype, device: torch.device) -> None:
+    """Every parameter as a tensor of ``dtype`` on ``device``."""
+    for target in targets:
+        tensor = torch.empty(target.shape, dtype=dtype, device=device)
+        for first, rows in target.chunks(source):
+            tensor[first : first + len(rows)].copy_(rows)
+        target.put(tensor)

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from cluster.errors import ConfigError
+from cluster.models.registry import Model
 from cluster.worker.config import WorkerConfig
 
 _CPU_SHARE = 0.25
@@ -101,15 +102,29 @@ def count_blocks(shape: KVCacheShape, config: WorkerConfig, *, device: torch.dev
     return budget // shape.block_bytes
 
 
-def check_weights_fit(num_weights: int, dtype: torch.dtype, device: torch.device) -> None:
-    """Raises ConfigError where the weights alone exceed the device's free memory."""
-    needed, free = num_weights * dtype.itemsize, free_memory(device)
-    if needed > free:
+def check_weights_fit(num_bytes: int, weights: str, device: torch.device) -> None:
+    """Raises ConfigError where the weights alone exceed the device's free memory.
+
+    Args:
+        num_bytes: of all weights as they will be held.
+        weights: their number format.
+    """
+    free = free_memory(device)
+    if num_bytes > free:
         raise ConfigError(
-            f"the weights need {_mib(needed)} as {str(dtype).removeprefix('torch.')}, but {_mib(free)} are free on "
-            f"{device}: free memory, choose a smaller worker.dtype, or a smaller model",
-            field="worker.dtype",
+            f"the weights need {_mib(num_bytes)} as {weights}, but {_mib(free)} are free on {device}: free memory, "
+            f"choose a smaller worker.weights or worker.dtype, or a smaller model",
+            field="worker.weights",
         )
+
+
+def step_bytes(model: Model, max_num_seqs: int, max_num_batched_tokens: int) -> int:
+    """Activations of the largest step on the CPU: what is alive at the same time, in float32.
+
+    A layer's widest tensors (as ``model.activation_width`` counts them) for every token of the step, and two copies of
+    the logits of every sequence: the output head's and the sampler's.
+    """
+    return 4 * (max_num_batched_tokens * model.activation_width + 2 * max_num_seqs * model.vocab_size)
 
 
 def free_memory(device: torch.device) -> int:

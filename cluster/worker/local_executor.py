@@ -13,14 +13,18 @@ from cluster import kernels
 from cluster.core.model_info import ModelInfo
 from cluster.core.step import StepInput, StepOutput
 from cluster.errors import ClusterError, ConfigError, EngineFault
-from cluster.models.config import ConfigFile, read_architecture, read_dtype
+from cluster.kernels.cpu.library import library as cpu_library
+from cluster.models.config import ConfigFile, read_architecture
 from cluster.models.end_of_text import read_eos_token_ids
-from cluster.models.registry import Model, load_model
-from cluster.models.weights import num_weights
+from cluster.models.loader import LoadOptions, ModelLoader, runs_on_our_code
+from cluster.models.registry import Model
+from cluster.models.tensor_source import CheckpointTensors
+from cluster.models.weight_cache import WeightCache
 from cluster.worker.config import WorkerConfig
 from cluster.worker.input_batch import InputBatch
-from cluster.worker.kv_cache import KVCacheShape, check_weights_fit, count_blocks, free_memory, kv_budget
+from cluster.worker.kv_cache import KVCacheShape, check_weights_fit, count_blocks, free_memory, kv_budget, step_bytes
 from cluster.worker.model_runner import ModelRunner
+from cluster.worker.numbers import Numbers, choose_numbers
 from cluster.worker.rehearsal import rehearse
 
 _log = logging.getLogger(__name__)
@@ -63,14 +67,17 @@ class LocalExecutor:
         self._fault: EngineFault | None = None
         enter("reading config")
         device = _device(config)
-        torch.set_num_threads(config.num_threads or len(os.sched_getaffinity(0)))
+        num_threads = config.num_threads or len(os.sched_getaffinity(0))
         file = ConfigFile.read(checkpoint / "config.json")
-        dtype = _dtype(config, file, device)
+        our_code = runs_on_our_code(file, config.model_impl)
+        numbers = choose_numbers(config, file, device, our_code=our_code)
+        self._backend = numbers.backend
+        kernels.use(numbers.backend)
+        _set_threads(num_threads, numbers)
         eos_token_ids = read_eos_token_ids(checkpoint, file)
         try:
             enter("loading weights")
-            check_weights_fit(num_weights(checkpoint), dtype, device)
-            model = load_model(checkpoint, file, model_impl=config.model_impl, dtype=dtype, device=device)
+            model = _load(checkpoint, file, config, numbers, device, num_threads=num_threads, our_code=our_code)
             max_model_len = _max_model_len(config, model, file)
             enter("allocating KV cache")
             shape = KVCacheShape(
@@ -78,22 +85,25 @@ class LocalExecutor:
                 block_size=config.block_size,
                 num_kv_heads=model.num_kv_heads,
                 head_dim=model.head_dim,
-                dtype=dtype,
+                dtype=numbers.kv_dtype,
             )
-            largest = {
-                "num_seqs": max_num_seqs,
-                "num_tokens": max(1, min(max_num_batched_tokens // max_num_seqs, max_model_len - 1)),
-            }
             if device.type == "cuda":
-                free_bytes = _free_beside_activations(model, shape, device, config.gpu_memory_utilization, largest)
+                largest = {
+                    "num_seqs": max_num_seqs,
+                    "num_tokens": max(1, min(max_num_batched_tokens // max_num_seqs, max_model_len - 1)),
+                }
+                free_bytes = _free_beside_activations(
+                    model, shape, numbers.dtype, device, config.gpu_memory_utilization, largest
+                )
             else:
-                free_bytes = free_memory(device)
+                free_bytes = free_memory(device) - step_bytes(model, max_num_seqs, max_num_batched_tokens)
             num_blocks = count_blocks(shape, config, device=device, free_bytes=free_bytes)
             max_model_len = _cut_to_pool(max_model_len, num_blocks * config.block_size)
             kv_caches = shape.allocate(num_blocks, device)
             enter("warming up")
             if device.type == "cpu":  # on CUDA the measurement of the activations was the warm-up
-                rehearse(model, shape, device, num_seqs=1, num_tokens=min(_WARMUP_TOKENS, max_model_len - 1))
+                num_tokens = min(_WARMUP_TOKENS, max_model_len - 1)
+                rehearse(model, shape, numbers.dtype, device, num_seqs=1, num_tokens=num_tokens)
         except torch.OutOfMemoryError as error:
             raise ConfigError(
                 f"{device} has too little memory for the model and its largest step: {error}. Lower "
@@ -101,17 +111,21 @@ class LocalExecutor:
                 field="worker",
             ) from error
         batch = InputBatch(max_num_seqs=max_num_seqs, max_model_len=max_model_len, block_size=config.block_size)
-        self._runner: ModelRunner | None = ModelRunner(model, batch, kv_caches, dtype=dtype, device=device)
+        self._runner: ModelRunner | None = ModelRunner(model, batch, kv_caches, dtype=numbers.dtype, device=device)
         self.model = ModelInfo(
             architecture=read_architecture(file),
             max_model_len=max_model_len,
             vocab_size=model.vocab_size,
             eos_token_ids=eos_token_ids,
-            dtype=str(dtype).removeprefix("torch."),
+            dtype=_name(numbers.dtype),
             device=str(device),
             num_blocks=num_blocks,
             block_size=config.block_size,
-            backend=f"{model.backend}, {kernels.BACKEND} kernels",
+            backend=f"{model.backend}, {numbers.backend.name} kernels, {numbers.weights} weights",
+            kernels=numbers.backend.name,
+            weights=numbers.weights,
+            kv_cache_dtype=_name(numbers.kv_dtype),
+            batch_invariant=numbers.backend.batch_invariant,
         )
 
     def submit(self, step: StepInput) -> None:
@@ -129,6 +143,7 @@ class LocalExecutor:
         if self._runner is None or self._pending is None:
             raise EngineFault("no step is under way")
         step, self._pending = self._pending, None
+        kernels.use(self._backend)  # another model of this process may run on others
         try:
             return self._runner.execute(step)
         except Exception as error:
@@ -163,12 +178,67 @@ def _device(config: WorkerConfig) -> torch.device:
     return torch.device("cuda", torch.cuda.current_device())
 
 
-def _dtype(config: WorkerConfig, file: ConfigFile, device: torch.device) -> torch.dtype:
-    name: str = config.dtype
-    if name == "auto":
-        # Most CPUs have no fast 16-bit arithmetic.
-        name = read_dtype(file) if device.type == "cuda" else "float32"
-    return {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}[name]
+def _name(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
+
+
+def _set_threads(num_threads: int, numbers: Numbers) -> None:
+    """One pool of threads computes: torch's, or the C kernels' with torch on the caller's thread alone."""
+    library = cpu_library() if numbers.backend.kind == "cpu" else None
+    if library is not None:
+        library.set_num_threads(num_threads)
+    torch.set_num_threads(1 if library is not None else num_threads)
+
+
+def _load(
+    checkpoint: Path,
+    file: ConfigFile,
+    config: WorkerConfig,
+    numbers: Numbers,
+    device: torch.device,
+    *,
+    num_threads: int,
+    our_code: bool,
+) -> Model:
+    if not our_code:
+        if config.load_format == "dummy":
+            raise ConfigError(
+                "worker.load_format dummy makes up weights for our own model code only, and transformers' runs this "
+                "architecture",
+                field="worker.load_format",
+            )
+        # transformers takes seconds to import; our own families never need it.
+        from cluster.models.transformers_model import TransformersModel
+
+        with CheckpointTensors(checkpoint) as tensors:
+            check_weights_fit(tensors.num_weights * numbers.dtype.itemsize, numbers.weights, device)
+        return TransformersModel.from_checkpoint(checkpoint, numbers.dtype, device)
+    loader = ModelLoader(
+        checkpoint,
+        file,
+        LoadOptions(
+            backend=numbers.backend,
+            weights=numbers.weights,
+            dtype=numbers.dtype,
+            device=device,
+            load_format=config.load_format,
+            num_threads=num_threads,
+            cache=_weight_cache(config),
+        ),
+    )
+    check_weights_fit(loader.num_bytes, numbers.weights, device)
+    return loader.load()
+
+
+def _weight_cache(config: WorkerConfig) -> WeightCache | None:
+    if config.weight_cache_dir is None:
+        return None
+    if config.weight_cache_dir == "auto":
+        caches = os.environ.get("XDG_CACHE_HOME") or "~/.cache"
+        directory = Path(caches).expanduser() / "llm-cluster" / "weights"
+    else:
+        directory = Path(config.weight_cache_dir).expanduser()
+    return WeightCache(directory, max_bytes=config.weight_cache_bytes)
 
 
 def _max_model_len(config: WorkerConfig, model: Model, file: ConfigFile) -> int:
@@ -196,13 +266,18 @@ def _cut_to_pool(max_model_len: int, pool_tokens: int) -> int:
 
 
 def _free_beside_activations(
-    model: Model, shape: KVCacheShape, device: torch.device, utilization: float, largest: dict[str, int]
+    model: Model,
+    shape: KVCacheShape,
+    dtype: torch.dtype,
+    device: torch.device,
+    utilization: float,
+    largest: dict[str, int],
 ) -> int:
     """Bytes that are left for the KV pool beside the weights and the activations of the largest step, measured."""
     torch.cuda.empty_cache()
     torch.cuda.reset_peak_memory_stats(device)
     before = torch.cuda.memory_allocated(device)
-    rehearse(model, shape, device, **largest)
+    rehearse(model, shape, dtype, device, **largest)
     activations = torch.cuda.max_memory_allocated(device) - before
     torch.cuda.empty_cache()
     free, total = torch.cuda.mem_get_info(device)

@@ -15,11 +15,18 @@ from cluster.worker.model_runner import ModelRunner
 _SAMPLING = SamplingParams(temperature=1.0, top_p=0.9, seed=0, logprobs=1)
 
 
-def rehearse(model: Model, shape: KVCacheShape, device: torch.device, *, num_seqs: int, num_tokens: int) -> None:
-    """Runs ``num_seqs`` prompts of ``num_tokens`` each in one step, then a token of each; in a KV cache of its own."""
+def rehearse(
+    model: Model, shape: KVCacheShape, dtype: torch.dtype, device: torch.device, *, num_seqs: int, num_tokens: int
+) -> None:
+    """Runs ``num_seqs`` prompts of ``num_tokens`` each in one step, then a token of each; in a KV cache of its own.
+
+    Args:
+        shape: of the cache.
+        dtype: of the model's activations.
+    """
     blocks_each = -(-(num_tokens + 1) // shape.block_size)
     batch = InputBatch(max_num_seqs=num_seqs, max_model_len=num_tokens + 1, block_size=shape.block_size)
-    runner = ModelRunner(model, batch, shape.allocate(num_seqs * blocks_each, device), dtype=shape.dtype, device=device)
+    runner = ModelRunner(model, batch, shape.allocate(num_seqs * blocks_each, device), dtype=dtype, device=device)
     sequences = range(num_seqs)
     prompts = tuple(
         NewSequence(

@@ -12,18 +12,24 @@ import torch
 from checkpoints import create_checkpoint
 from safetensors.torch import load_file, save_file
 
+from cluster import kernels
 from cluster.errors import CheckpointError, Unsupported
 from cluster.models.config import ConfigFile
-from cluster.models.registry import load_model
-from cluster.models.weights import num_weights
+from cluster.models.loader import LoadOptions, ModelLoader, runs_on_our_code
+from cluster.models.registry import Model
+from cluster.models.tensor_source import CheckpointTensors
 
 INDEX = "model.safetensors.index.json"
 NORM = "model.layers.1.input_layernorm.weight"
 
 
-def load(checkpoint: Path, model_impl: str = "cluster"):
+def load(checkpoint: Path) -> Model:
     file = ConfigFile.read(checkpoint / "config.json")
-    return load_model(checkpoint, file, model_impl=model_impl, dtype=torch.float32, device=torch.device("cpu"))
+    assert runs_on_our_code(file, "cluster")
+    options = LoadOptions(
+        backend=kernels.backend("torch"), weights="float32", dtype=torch.float32, device=torch.device("cpu")
+    )
+    return ModelLoader(checkpoint, file, options).load()
 
 
 def edit_json(path: Path, change: Callable[[dict[str, Any]], Any]) -> None:
@@ -57,7 +63,7 @@ def sharded(tmp_path: Path) -> Path:
 
 def test_the_unbroken_ones_load(checkpoint: Path, sharded: Path):
     assert load(checkpoint).num_layers == load(sharded).num_layers == 3
-    assert num_weights(checkpoint) == num_weights(sharded)
+    assert CheckpointTensors(checkpoint).num_weights == CheckpointTensors(sharded).num_weights
 
 
 class TestWeights:

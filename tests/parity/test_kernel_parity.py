@@ -1,4 +1,4 @@
-"""The backend in use against the formulas of ``kernels/reference.py``, and those against torch's own words for them."""
+"""The torch backend against the formulas of ``kernels/reference.py``, and those against torch's own words for them."""
 
 from __future__ import annotations
 
@@ -20,6 +20,9 @@ NUM_BLOCKS, BLOCK_SIZE, HEADS, HEAD_DIM = 64, 4, 6, 18
 @pytest.fixture(autouse=True)
 def seeded() -> None:
     torch.manual_seed(0)
+    torch_backend = kernels.backend("torch")
+    assert torch_backend is not None
+    kernels.use(torch_backend)
 
 
 def assert_near(output: torch.Tensor, expected: torch.Tensor) -> None:
@@ -43,10 +46,34 @@ class TestElementwise:
         for output, expected in zip(outputs, reference.add_rms_norm(x, residual, weight, 1e-5), strict=True):
             assert_near(output, expected)
 
-    def test_rotary_of_a_slice_of_heads(self, num_tokens: int, dtype: torch.dtype):
-        x = torch.randn(num_tokens, 7, 10, dtype=dtype)[:, 1:6]
-        cos, sin = torch.randn(2, num_tokens, 1, 10, dtype=dtype)
-        assert_near(kernels.rotary(x, cos, sin), reference.rotary(x, cos, sin))
+    def test_rms_norm_of_some_heads_in_place(self, num_tokens: int, dtype: torch.dtype):
+        qkv, weight = torch.randn(num_tokens, 7, 10, dtype=dtype), torch.randn(10, dtype=dtype)
+        before = qkv.clone()
+        heads = qkv[:, 2:5]
+        kernels.rms_norm(heads, weight, 1e-5, out=heads)
+        assert_near(heads, reference.rms_norm(before[:, 2:5], weight, 1e-5))
+        assert torch.equal(qkv[:, :2], before[:, :2])
+        assert torch.equal(qkv[:, 5:], before[:, 5:])
+
+    @pytest.mark.parametrize("kv_dtype", TOLERANCE)
+    def test_rotary_and_cache(self, num_tokens: int, dtype: torch.dtype, kv_dtype: torch.dtype):
+        qkv = torch.randn(num_tokens, 3 + 2 * 2, 10, dtype=dtype)
+        cos, sin = torch.randn(2, num_tokens, 5, dtype=dtype)
+        slots = torch.randperm(NUM_BLOCKS * BLOCK_SIZE)[:num_tokens]
+        caches = torch.zeros(2, 2, NUM_BLOCKS, BLOCK_SIZE, 2, 10, dtype=kv_dtype)
+        expected = reference.rotary_and_cache(qkv.clone(), cos, sin, caches[1], slots, 3, 2)
+        assert_near(kernels.rotary_and_cache(qkv, cos, sin, caches[0], slots, 3, 2), expected)
+        # What was rounded twice may differ by the coarser of the two roundings.
+        coarser = max(dtype, kv_dtype, key=lambda kind: TOLERANCE[kind])
+        difference = (caches[0].float() - caches[1].float()).abs().max().item()
+        assert difference <= TOLERANCE[coarser] * caches[1].abs().max().item()
+
+    def test_rotary_angles(self, num_tokens: int, dtype: torch.dtype):
+        positions, frequencies = torch.randint(0, 3000, (num_tokens,)), torch.rand(7)
+        outputs = kernels.rotary_angles(positions, frequencies, 1.25, dtype)
+        for output, function in zip(outputs, (torch.cos, torch.sin), strict=True):
+            angles = positions.float()[:, None] * frequencies
+            assert_near(output, (function(angles) * 1.25).to(dtype))
 
     def test_silu_mul(self, num_tokens: int, dtype: torch.dtype):
         x = 3 * torch.randn(num_tokens, 2 * 29, dtype=dtype)
@@ -67,10 +94,12 @@ def test_reference_formulas_are_torchs():
     assert_near(reference.rms_norm(x, weight, 1e-3), F.rms_norm(x, (16,), weight, 1e-3))
     assert_near(reference.silu_mul(x), F.silu(x[:, :8]) * x[:, 8:])
     # The rotation of a pair (x1, x2) is a product of complex numbers.
-    angles = torch.randn(5, 1, 8)
-    pairs = torch.complex(x[:, None, :8], x[:, None, 8:]) * torch.polar(torch.ones_like(angles), angles)
-    cos, sin = torch.cat((angles.cos(),) * 2, -1), torch.cat((-angles.sin(), angles.sin()), -1)
-    assert_near(reference.rotary(x[:, None], cos, sin), torch.cat((pairs.real, pairs.imag), -1))
+    angles, kv_cache = torch.randn(5, 8), torch.zeros(2, 2, 4, 1, 16)
+    pairs = torch.complex(x[:, :8], x[:, 8:]) * torch.polar(torch.ones_like(angles), angles)
+    qkv = x[:, None].repeat(1, 3, 1)
+    turned = reference.rotary_and_cache(qkv, angles.cos(), angles.sin(), kv_cache, torch.arange(5), 1, 1)
+    assert_near(turned[:, 0], torch.cat((pairs.real, pairs.imag), -1))
+    assert torch.equal(kv_cache.flatten(1, 2)[:, :5, 0], torch.stack((turned[:, 0], x)))
 
 
 LENGTHS = {  # query lengths, context lengths
@@ -97,8 +126,11 @@ def create_step(query_lens: list[int], context_lens: list[int], num_kv_heads: in
 @pytest.mark.parametrize("dtype", TOLERANCE)
 @pytest.mark.parametrize("num_kv_heads", [1, 2, 6])
 @pytest.mark.parametrize("sliding_window", [None, 1, 5, 16])
+@pytest.mark.parametrize("softcap", [0.0, 2.5])
 @pytest.mark.parametrize("lengths", LENGTHS)
-def test_paged_attention(lengths: str, sliding_window: int | None, num_kv_heads: int, dtype: torch.dtype):
+def test_paged_attention(
+    lengths: str, softcap: float, sliding_window: int | None, num_kv_heads: int, dtype: torch.dtype
+):
     query_lens, context_lens = LENGTHS[lengths]
     q, kv_cache, tables = create_step(query_lens, context_lens, num_kv_heads, dtype)
     plan = kernels.plan_attention(
@@ -111,8 +143,25 @@ def test_paged_attention(lengths: str, sliding_window: int | None, num_kv_heads:
         device=CPU,
     )
     expected = reference.paged_attention(
-        q, kv_cache, torch.from_numpy(tables), query_lens, context_lens, scale=0.3, sliding_window=sliding_window
+        q,
+        kv_cache,
+        torch.from_numpy(tables),
+        query_lens,
+        context_lens,
+        scale=0.3,
+        sliding_window=sliding_window,
+        softcap=softcap,
     )
+    assert_near(kernels.paged_attention(q, kv_cache, plan, scale=0.3, softcap=softcap), expected)
+
+
+def test_a_cache_of_another_type_than_the_queries():
+    q, kv_cache, tables = create_step([1, 5], [20, 9], 2, torch.float32)
+    kv_cache = kv_cache.half()
+    plan = kernels.plan_attention(
+        [1, 5], [20, 9], tables, block_size=BLOCK_SIZE, sliding_window=None, dtype=torch.float32, device=CPU
+    )
+    expected = reference.paged_attention(q, kv_cache, torch.from_numpy(tables), [1, 5], [20, 9], scale=0.3)
     assert_near(kernels.paged_attention(q, kv_cache, plan, scale=0.3), expected)
 
 

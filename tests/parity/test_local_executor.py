@@ -73,7 +73,7 @@ class TestStart:
         assert (model.dtype, model.device) == ("float32", "cpu")
         assert model.num_blocks == 2**20 // SHAPE.block_bytes
         assert model.kv_capacity_tokens == 16 * model.num_blocks
-        assert model.backend == "cluster, torch kernels"
+        assert model.backend == "cluster, torch kernels, float32 weights"
 
     def test_threads(self, checkpoint: Path):
         before = torch.get_num_threads()
@@ -178,8 +178,8 @@ class TestMemory:
             create_executor(checkpoint, kv_cache_bytes=2**50)
 
     def test_weights_that_do_not_fit(self):
-        with pytest.raises(ConfigError, match=r"4,194,304\.000 MiB as bfloat16.*free"):
-            check_weights_fit(2**41, torch.bfloat16, CPU)
+        with pytest.raises(ConfigError, match=r"4,194,304\.000 MiB as int8.*free"):
+            check_weights_fit(2**42, "int8", CPU)
 
     def test_shutdown_frees_the_model(self, checkpoint: Path):
         executor = create_executor(checkpoint)
