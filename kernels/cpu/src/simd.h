@@ -29,7 +29,8 @@ typedef uint16_t u16x16 __attribute__((vector_size(32), aligned(32)));
 
 /* --- loads and stores; no alignment is asked for --- */
 
-INLINE f32x16 f32_set1(float value) { return (f32x16){} + value; }
+/* Minus zero is nothing; plus zero would be an addition, since it turns -0 into 0. */
+INLINE f32x16 f32_set1(float value) { return value - (f32x16){}; }
 
 INLINE f32x16 f32_load(const float *from) {
     f32x16 out;
