@@ -19,6 +19,7 @@ class ModelInfo:
         device: e.g. ``"cpu"``, ``"cuda:0"``.
         num_blocks: KV blocks in the pool.
         block_size: tokens per block.
+        block_bytes: of one block, all layers; 0: blocks cannot be parked in host memory.
         backend: the model back end, kernels and weights in use, in words.
         kernels: in use, e.g. ``"cpu avx512"``, ``"torch"``.
         weights: number format of the matrices, e.g. ``"int8"``.
@@ -39,6 +40,7 @@ class ModelInfo:
     weights: str = "float32"
     kv_cache_dtype: str = "float32"
     batch_invariant: bool = False
+    block_bytes: int = 0
 
     @property
     def kv_capacity_tokens(self) -> int:

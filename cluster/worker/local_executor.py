@@ -121,6 +121,7 @@ class LocalExecutor:
             device=str(device),
             num_blocks=num_blocks,
             block_size=config.block_size,
+            block_bytes=shape.block_bytes,
             backend=f"{model.backend}, {numbers.backend.name} kernels, {numbers.weights} weights",
             kernels=numbers.backend.name,
             weights=numbers.weights,
