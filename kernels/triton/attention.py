@@ -94,7 +94,7 @@ def paged_attention(
         paged_decode(q_THD, kv_cache, plan.decode, out_THD, tile=tile, **options)
     if plan.prefill is None:
         return out_THD
-    if not invariant and takes(q_THD, plan.prefill):
+    if not invariant and takes(q_THD, kv_cache, plan.prefill):
         flash_prefill(q_THD, kv_cache, plan.prefill, out_THD, attend=flash_attention(), **options)
     else:
         tile = prefill_tile(kv_cache.dtype, batch_invariant=invariant)

@@ -39,11 +39,12 @@ def flash_attention() -> Callable[..., Tensor] | None:
     return None
 
 
-def takes(q_THD: Tensor, plan: PrefillPlan) -> bool:
+def takes(q_THD: Tensor, kv_cache: Tensor, plan: PrefillPlan) -> bool:
     """Whether FlashAttention is there and computes such a step."""
     return (
         q_THD.is_cuda
         and flash_attention() is not None
+        and q_THD.dtype == kv_cache.dtype
         and q_THD.dtype in (torch.float16, torch.bfloat16)
         and q_THD.shape[2] <= _MAX_HEAD_DIM
         and plan.first_token is not None

@@ -29,7 +29,7 @@ class DecodePlan:
 
     Attributes:
         tokens_S: where in the step each sequence's token is.
-        context_lens_S: positions up to that token, its own included; 0: no sequence (padding).
+        context_lens_S: positions up to that token, its own included; 0: no sequence (padding), its result is zeros.
         split_starts_S: where its splits lie among those of all.
         block_tables_SB: padded on the right with anything.
         num_splits: of all sequences together, at least.
@@ -109,8 +109,7 @@ def _merge_kernel(
         m_R, l_R, acc_RD = merge_split(m_R, l_R, acc_RD, split_m_R, split_l_R, split_acc_RD)
     token = tl.load(tokens_ptr + sequence).to(tl.int64)
     target = out_ptr + (token * num_heads + head_R[:, None]) * head_dim + column_D[None, :]
-    if context_len > 0:
-        tl.store(target, normalised(l_R, acc_RD).to(out_ptr.dtype.element_ty), mask=inside_RD)
+    tl.store(target, normalised(l_R, acc_RD).to(out_ptr.dtype.element_ty), mask=inside_RD)
 
 
 def paged_decode(

@@ -142,8 +142,8 @@ def test_another_split_is_another_rounding(monkeypatch: pytest.MonkeyPatch) -> N
     assert not torch.equal(after, before)
 
 
-def test_padding_of_a_batch_is_left_alone() -> None:
-    """A sequence without context, as a captured batch has, stores nothing and reads no block."""
+def test_padding_of_a_batch() -> None:
+    """A sequence without context, as a captured batch has, reads no block and gives zeros."""
     step = Step([1, 1], [9, 12])
     plan = plan_attention(
         [1, 1], [9, 12], step.tables, block_size=4, sliding_window=None, dtype=step.q.dtype, device=DEVICE,
@@ -153,6 +153,7 @@ def test_padding_of_a_batch_is_left_alone() -> None:
     plan.decode.block_tables_SB[1] = 2**30
     out = paged_attention(step.q, step.kv_cache, plan, scale=0.3)
     assert torch.equal(out[0], step.attend()[0])
+    assert not out[1].any()
 
 
 class TestFlashAttention:
@@ -180,25 +181,27 @@ class TestFlashAttention:
         step = Step([1, 1, 9, 21], [30, 3, 40, 21])
         expected = step.attend(batch_invariant=False, **options)
         calls = []
-        monkeypatch.setattr(attention, "takes", lambda q, plan: calls.append(plan) or plan.first_token is not None)
+        monkeypatch.setattr(
+            attention, "takes", lambda q, kv_cache, plan: calls.append(plan) or plan.first_token is not None
+        )
         monkeypatch.setattr(attention, "flash_attention", lambda: self.attend)
         assert_near(step.attend(batch_invariant=False, **options), expected)
         assert [plan.first_token for plan in calls] == [2]
 
     def test_has_no_part_in_batch_invariant_mode(self, monkeypatch: pytest.MonkeyPatch) -> None:
-        monkeypatch.setattr(attention, "takes", lambda q, plan: pytest.fail("it was asked"))
+        monkeypatch.setattr(attention, "takes", lambda q, kv_cache, plan: pytest.fail("it was asked"))
         Step([9], [40]).attend(batch_invariant=True)
 
     def test_sequences_apart_are_left_to_our_kernel(self, monkeypatch: pytest.MonkeyPatch) -> None:
         plans = []
-        monkeypatch.setattr(attention, "takes", lambda q, plan: plans.append(plan))
+        monkeypatch.setattr(attention, "takes", lambda q, kv_cache, plan: plans.append(plan))
         Step([9, 1, 7], [40, 5, 7]).attend(batch_invariant=False)
         assert plans[0].first_token is None
 
     def test_not_installed(self) -> None:
         if flash_prefill.flash_attention() is not None:
             pytest.skip("FlashAttention 3 is installed")
-        assert not flash_prefill.takes(torch.zeros(1, 1, 64, dtype=torch.bfloat16, device=DEVICE), None)
+        assert not flash_prefill.takes(torch.zeros(1, 1, 64, dtype=torch.bfloat16, device=DEVICE), None, None)
 
 
 @pytest.mark.gpu
