@@ -72,7 +72,9 @@ def backend(kind: BackendKind) -> Backend | None:
     if kind == "torch":
         return _TORCH
     if kind == "cpu":
-        return None
+        from cluster.kernels.cpu.backend import create
+
+        return create()
     try:
         from cluster.kernels.triton.backend import functions
     except ModuleNotFoundError:  # torch comes without triton where there is no CUDA
