@@ -103,7 +103,7 @@ def run(settings: EngineSettings, plan: Plan, on_stage: Callable[[str], None]) -
         roofline = Roofline(
             shape=shape_of(Path(settings.checkpoint)),
             weights=settings.weights,
-            kv_bytes=getattr(torch, session.model.dtype).itemsize,
+            kv_bytes=getattr(torch, session.model.kv_cache_dtype).itemsize,
             machine=machine,
         )
         draw = random.Random(1)
@@ -139,6 +139,8 @@ def _prefill_tokens_per_s(session: Session, draw: random.Random, plan: Plan) -> 
 
 
 def _measure(session: Session, draw: random.Random, plan: Plan, num_requests: int, roofline: Roofline) -> BatchFigures:
+    # What is recorded, captured or allocated for a batch of this size is not the steady state.
+    session.run(random_prompts(draw, num_requests, 1, session.model.vocab_size), 3)
     runs = [
         session.run(random_prompts(draw, num_requests, plan.prompt_tokens, session.model.vocab_size), plan.new_tokens)
         for _ in range(plan.rounds)

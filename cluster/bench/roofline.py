@@ -22,6 +22,8 @@ _BYTES: dict[str, tuple[float, float, float]] = {
     "int8": (1.0, 4.0, 0.0),
     "int4": (0.5, 0.0, 4.0),
 }
+# The embedding and the output head of a model with int4 weights stay int8.
+_HEAD = {"int4": "int8"}
 # What a weight is multiplied in: on CPUs, float32 activations or int8 ones; on CUDA, 16-bit activations.
 _ARITHMETIC = {
     "cpu": {"float32": "float32", "bfloat16": "float32", "int8": "int8", "int4": "int8"},
@@ -46,14 +48,13 @@ class Roofline:
     @property
     def weight_bytes(self) -> float:
         """Of the matrices that a step reads, output head included; of the embedding it reads a few rows only."""
-        return sum(matrix_bytes(out, size, self.weights) for _, out, size in self._matrices())
+        return self._head_bytes + sum(matrix_bytes(out, size, self.weights) for _, out, size in self.shape.linears())
 
     @property
     def resident_bytes(self) -> float:
         """Of all the weights in memory."""
-        shape = self.shape
-        embedding = 0.0 if shape.tied else matrix_bytes(shape.vocab_size, shape.hidden_size, self.weights)
-        vectors = sum(4 * sizes[0] for _, sizes in shape.tensors() if len(sizes) == 1)
+        embedding = 0.0 if self.shape.tied else self._head_bytes
+        vectors = sum(4 * sizes[0] for _, sizes in self.shape.tensors() if len(sizes) == 1)
         return self.weight_bytes + embedding + vectors
 
     @property
@@ -93,8 +94,9 @@ class Roofline:
     def prefill_tokens_per_s(self, num_tokens: int) -> float:
         return num_tokens / self.step_s([num_tokens], [num_tokens])
 
-    def _matrices(self) -> list[tuple[str, int, int]]:
-        return [*self.shape.linears(), ("lm_head", self.shape.vocab_size, self.shape.hidden_size)]
+    @property
+    def _head_bytes(self) -> float:
+        return matrix_bytes(self.shape.vocab_size, self.shape.hidden_size, _HEAD.get(self.weights, self.weights))
 
 
 def matrix_bytes(out_features: int, in_features: int, weights: str) -> float:

@@ -21,6 +21,8 @@ from cluster.engine.submission import Submission
 from cluster.worker.config import WorkerConfig
 from cluster.worker.local_executor import LocalExecutor
 
+WeightFormat = Literal["float32", "bfloat16", "int8", "int4"]
+
 
 @dataclass(frozen=True, kw_only=True)
 class EngineSettings:
@@ -28,18 +30,24 @@ class EngineSettings:
 
     Attributes:
         checkpoint: its directory.
-        weights: number format of the matrices, as in WorkerConfig.
-        num_threads: of the forward pass, on a CPU.
+        weights, num_threads, kernels, load_format: as in WorkerConfig.
         max_num_seqs: requests that run together.
     """
 
     checkpoint: str
-    weights: Literal["float32", "bfloat16"]
+    weights: WeightFormat
     num_threads: int
     max_num_seqs: int
+    kernels: Literal["auto", "torch"] = "auto"
+    load_format: Literal["auto", "dummy"] = "auto"
 
     def worker(self) -> WorkerConfig:
-        return WorkerConfig(dtype=self.weights, num_threads=self.num_threads)
+        return WorkerConfig(
+            weights=self.weights,
+            num_threads=self.num_threads,
+            kernels=self.kernels,
+            load_format=self.load_format,
+        )
 
     def scheduler(self) -> SchedulerConfig:
         return SchedulerConfig(
@@ -54,7 +62,8 @@ class StepParts:
 
     Attributes:
         schedule: to plan it.
-        inputs: to make its arrays, and the worker's other bookkeeping.
+        inputs: to make its arrays, and the worker's other bookkeeping; where a device runs behind the host, also to
+            wait for it.
         forward: the model, output head included.
         sampling: to draw the tokens.
         output: to take them in and hand them out.
@@ -86,17 +95,19 @@ class _TimedExecutor:
         self._inner = inner
         self.model = inner.model
         self.max_in_flight = inner.max_in_flight
-        self.submitted = self.collecting = self.collected = 0.0
+        self.submitted = self.collected = self.worker_s = 0.0
         self.output: StepOutput | None = None
 
     def submit(self, step: StepInput) -> None:
         self.submitted = time.perf_counter()
         self._inner.submit(step)
+        self.worker_s = time.perf_counter() - self.submitted
 
     def collect(self) -> StepOutput:
-        self.collecting = time.perf_counter()
+        began = time.perf_counter()
         self.output = self._inner.collect()
         self.collected = time.perf_counter()
+        self.worker_s += self.collected - began
         return self.output
 
     def shutdown(self) -> None:
@@ -176,7 +187,7 @@ class Session:
         forward, sampling = (output.forward_s, output.sampling_s) if output is not None else (0.0, 0.0)
         return StepParts(
             schedule=timed.submitted - began,
-            inputs=timed.collected - timed.collecting - forward - sampling,
+            inputs=timed.worker_s - forward - sampling,
             forward=forward,
             sampling=sampling,
             output=done - timed.collected,

@@ -2,145 +2,16 @@
 
 from __future__ import annotations
 
-import os
-import tempfile
-from collections.abc import Iterator
-from contextlib import contextmanager
-from pathlib import Path
-from typing import Annotated, Literal
-
 import typer
-from rich.console import Console
 
-from cluster.bench.engine_benchmark import EngineFigures, Plan, run
-from cluster.bench.session import EngineSettings
-from cluster.bench.shapes import SHAPE_NAMES, shape_named, write_checkpoint
-from cluster.bench.stamp import stamp
-from cluster.checkpoint import resolve_checkpoint
-from cluster.cli.options import Json
-from cluster.cli.output import print_json, print_table, print_text
+from cluster.cli.bench_ablation import ablation
+from cluster.cli.bench_engine import engine
 
 app = typer.Typer(add_completion=False, no_args_is_help=True, pretty_exceptions_enable=False)
-
-Weights = Literal["float32", "bfloat16"]
-Threads = Annotated[int | None, typer.Option(min=1, help="CPU threads of the forward pass.", show_default="all cores")]
+app.command()(engine)
+app.command()(ablation)
 
 
 @app.callback()
 def bench() -> None:
     """Measure the engine on this machine."""
-
-
-@app.command()
-def engine(
-    model: Annotated[
-        str | None, typer.Option("--model", "-m", help="A Hugging Face directory, a Hub id, or an embedded model.")
-    ] = None,
-    shape: Annotated[
-        str | None, typer.Option(help=f"Random weights in a shape by name: {', '.join(SHAPE_NAMES)}.")
-    ] = None,
-    weights: Annotated[Weights, typer.Option(help="Number format of the matrices.")] = "float32",
-    batch: Annotated[str, typer.Option(metavar="N,...", help="Requests that run together.")] = "1,8,16,32",
-    prompt: Annotated[int, typer.Option(min=1, help="Tokens of each prompt.")] = 128,
-    new: Annotated[int, typer.Option(min=2, help="Tokens of each completion.")] = 64,
-    prefill: Annotated[int, typer.Option(min=1, help="Tokens of the prompt that is timed alone.")] = 512,
-    threads: Threads = None,
-    rounds: Annotated[int, typer.Option(min=1, help="Times that each is run; medians are shown.")] = 1,
-    json: Json = False,
-) -> None:
-    """Tokens per second by batch size, their share of the roofline, and the time of a step by part.
-
-    Decode counts the tokens that came after every request had its first one, over the time from then to the end; a
-    run's rate counts all tokens over all the time, prompts included.
-    """
-    plan = Plan(
-        batches=_numbers(batch, "--batch"),
-        prompt_tokens=prompt,
-        new_tokens=new,
-        prefill_tokens=prefill,
-        rounds=rounds,
-    )
-    with _checkpoint(model, shape) as checkpoint, Console(stderr=True).status("") as status:
-        settings = EngineSettings(
-            checkpoint=str(checkpoint),
-            weights=weights,
-            num_threads=_threads(threads),
-            max_num_seqs=max(plan.batches),
-        )
-        figures = run(settings, plan, on_stage=lambda stage: status.update(f"{stage}..."))
-    if json:
-        print_json(stamp() | {"figures": figures})
-    else:
-        _print_figures(figures)
-
-
-def _print_figures(figures: EngineFigures) -> None:
-    machine, model = figures.machine, figures.model
-    parts = list(figures.batches[0].parts_ms)
-    print_table(
-        ["requests", "decode tok/s", "of roofline", "run tok/s", *(f"{part} ms" for part in parts)],
-        [
-            [
-                batch.num_requests,
-                _rate(batch.decode_tokens_per_s),
-                _share(batch.decode_share),
-                _rate(batch.run_tokens_per_s),
-                *(f"{batch.parts_ms.get(part, 0.0):.2f}" for part in parts),
-            ]
-            for batch in figures.batches
-        ],
-    )
-    rates = ", ".join(f"{name} {rate / 1e9:,.0f}" for name, rate in machine.ops_per_s.items())
-    lines = {
-        f"prefill of {figures.plan.prefill_tokens}": (
-            f"{_rate(figures.prefill_tokens_per_s)} tok/s, {_share(figures.prefill_share)} of the roofline"
-        ),
-        "first token": f"{figures.first_token_s:.2f} s from the start of a fresh process",
-        "memory": (
-            f"{_mib(figures.peak_bytes)} at most, of which {_mib(figures.overhead_bytes)} beside weights "
-            f"({_mib(figures.weight_bytes)}) and KV"
-        ),
-        "engine": f"{model.architecture}, {figures.settings.weights} weights, {model.backend}",
-        "machine": (f"{machine.num_threads} threads read {machine.read_bytes_per_s / 1e9:.1f} GB/s; GOP/s: {rates}"),
-    }
-    print_text("\n")
-    for name, text in lines.items():
-        print_text(f"{name}: {text}\n")
-
-
-@contextmanager
-def _checkpoint(model: str | None, shape: str | None) -> Iterator[Path]:
-    """The model's directory, or one with random weights that lives as long as the context."""
-    if (model is None) == (shape is None):
-        raise typer.BadParameter("give one of --model and --shape")
-    if model is not None:
-        yield resolve_checkpoint(model)
-    else:
-        with tempfile.TemporaryDirectory(prefix="cluster-bench-") as directory:
-            yield write_checkpoint(shape_named(shape or ""), Path(directory))
-
-
-def _threads(threads: int | None) -> int:
-    return threads or len(os.sched_getaffinity(0))
-
-
-def _numbers(text: str, option: str) -> tuple[int, ...]:
-    try:
-        numbers = tuple(int(number) for number in text.split(","))
-    except ValueError:
-        numbers = ()
-    if not numbers or min(numbers) < 1:
-        raise typer.BadParameter(f"{text!r} is no list of positive whole numbers", param_hint=option)
-    return numbers
-
-
-def _rate(value: float | None) -> str:
-    return "" if value is None else f"{value:,.1f}"
-
-
-def _share(value: float | None) -> str:
-    return "" if value is None else f"{value:.0%}"
-
-
-def _mib(num_bytes: int) -> str:
-    return f"{num_bytes / 2**20:,.0f} MiB"

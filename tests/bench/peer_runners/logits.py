@@ -11,6 +11,7 @@ import json
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -54,13 +55,19 @@ def transformers(model: str, mode: str, prompts: Prompts) -> list[np.ndarray]:
 
 
 def cluster(model: str, mode: str, prompts: Prompts) -> list[np.ndarray]:
-    """Our model, run by the engine; its logits are read where the sampler would."""
+    """Our engine; its logits are taken on their way to the sampler."""
     from cluster.bench.session import EngineSettings, Session
+    from cluster.models.decoder import DecoderForCausalLM
 
-    rows: list[np.ndarray] = []
-    settings = EngineSettings(checkpoint=model, weights=mode, num_threads=1, max_num_seqs=1)
-    with Session(settings) as session:
-        session.on_logits(lambda logits_SV: rows.extend(logits_SV.numpy().copy()))
+    compute_logits, rows = DecoderForCausalLM.compute_logits, []
+
+    def note_logits(self: DecoderForCausalLM, hidden_SD: Any) -> Any:
+        logits_SV = compute_logits(self, hidden_SD)
+        rows.extend(logits_SV.float().numpy().copy())
+        return logits_SV
+
+    with Session(EngineSettings(checkpoint=model, weights=mode, num_threads=1, max_num_seqs=1)) as session:
+        DecoderForCausalLM.compute_logits = note_logits
         for prompt in prompts:
             session.run([prompt], 1)
     return rows

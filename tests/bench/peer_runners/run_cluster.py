@@ -2,28 +2,17 @@
 
 from __future__ import annotations
 
-from pathlib import Path
-
 from protocol import OnTokens, Task, serve
 
 
 class Cluster:
     def __init__(self, task: Task) -> None:
-        from cluster.bench.session import Session, pool_bytes, scheduler_for
-        from cluster.bench.shapes import shape_of
-        from cluster.worker.config import WorkerConfig
+        from cluster.bench.session import EngineSettings, Session
 
-        shape = shape_of(Path(task.model))
-        kv_bytes_per_token = 8 * shape.num_layers * shape.num_kv_heads * shape.head_dim
         self._session = Session(
-            Path(task.model),
-            WorkerConfig(
-                device="cpu",
-                dtype=task.mode,
-                num_threads=task.threads,
-                kv_cache_bytes=pool_bytes(kv_bytes_per_token, 16, task.max_requests, task.max_tokens),
-            ),
-            scheduler_for(task.max_requests),
+            EngineSettings(
+                checkpoint=task.model, weights=task.mode, num_threads=task.threads, max_num_seqs=task.max_requests
+            )
         )
 
     def generate(self, prompts: list[list[int]], new_tokens: int, on_tokens: OnTokens) -> None:
