@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import logging
 import os
+from collections import deque
 from collections.abc import Callable
 from pathlib import Path
+from typing import Protocol, TypeVar
 
 import torch
+from torch import Tensor
 
 from cluster import kernels
 from cluster.core.model_info import ModelInfo
@@ -21,6 +24,7 @@ from cluster.models.registry import Model
 from cluster.models.tensor_source import CheckpointTensors
 from cluster.models.weight_cache import WeightCache
 from cluster.worker.config import WorkerConfig
+from cluster.worker.decode_programs import DecodePrograms
 from cluster.worker.input_batch import InputBatch
 from cluster.worker.kv_cache import KVCacheShape, check_weights_fit, count_blocks, free_memory, kv_budget, step_bytes
 from cluster.worker.model_runner import ModelRunner
@@ -29,18 +33,28 @@ from cluster.worker.rehearsal import rehearse
 
 _log = logging.getLogger(__name__)
 
+T = TypeVar("T")
+
 _WARMUP_TOKENS = 32  # on CPU: enough to start thread pools and load every operator, quick for any model
 
 
+class Runner(Protocol):
+    """Runs steps in the order of their launches; what ``launch`` returns gives the step's output, and may be what runs
+    it. At most ``max_in_flight`` are launched and not collected."""
+
+    max_in_flight: int
+
+    def launch(self, step: StepInput) -> Callable[[], StepOutput]: ...
+
+
 class LocalExecutor:
-    """Implements ``engine.Executor`` in process; a step runs inside ``collect``.
+    """Implements ``engine.Executor`` in process. A step runs inside ``collect``; on CUDA with our own kernels it is
+    queued on the device by ``submit``.
 
     Attributes:
         model: what was loaded.
-        max_in_flight: 1.
+        max_in_flight: 1, and 2 where steps are queued.
     """
-
-    max_in_flight = 1
 
     def __init__(
         self,
@@ -63,7 +77,7 @@ class LocalExecutor:
             ConfigError: device, context or memory do not fit; the message says what to change.
         """
         enter = on_stage or (lambda stage: None)
-        self._pending: StepInput | None = None
+        self._launched: deque[Callable[[], StepOutput]] = deque()
         self._fault: EngineFault | None = None
         enter("reading config")
         device = _device(config)
@@ -104,14 +118,16 @@ class LocalExecutor:
             if device.type == "cpu":  # on CUDA the measurement of the activations was the warm-up
                 num_tokens = min(_WARMUP_TOKENS, max_model_len - 1)
                 rehearse(model, shape, numbers.dtype, device, num_seqs=1, num_tokens=num_tokens)
+            self._runner: Runner | None = _create_runner(
+                model, kv_caches, numbers, device, max_num_seqs=max_num_seqs, max_model_len=max_model_len
+            )
         except torch.OutOfMemoryError as error:
             raise ConfigError(
                 f"{device} has too little memory for the model and its largest step: {error}. Lower "
                 f"engine.scheduler.max_num_batched_tokens, choose a smaller worker.dtype, or free the device",
                 field="worker",
             ) from error
-        batch = InputBatch(max_num_seqs=max_num_seqs, max_model_len=max_model_len, block_size=config.block_size)
-        self._runner: ModelRunner | None = ModelRunner(model, batch, kv_caches, dtype=numbers.dtype, device=device)
+        self.max_in_flight = self._runner.max_in_flight
         self.model = ModelInfo(
             architecture=read_architecture(file),
             max_model_len=max_model_len,
@@ -134,26 +150,31 @@ class LocalExecutor:
             raise self._fault
         if self._runner is None:
             raise EngineFault("a step was submitted after shutdown")
-        if self._pending is not None:
-            raise EngineFault(f"step {step.step_id} was submitted before step {self._pending.step_id} was collected")
-        self._pending = step
+        if len(self._launched) == self.max_in_flight:
+            raise EngineFault(f"step {step.step_id} was submitted before those under way were collected")
+        runner = self._runner
+        self._launched.append(self._guarded(lambda: runner.launch(step)))
 
     def collect(self) -> StepOutput:
         if self._fault is not None:
             raise self._fault
-        if self._runner is None or self._pending is None:
+        if not self._launched:
             raise EngineFault("no step is under way")
-        step, self._pending = self._pending, None
+        return self._guarded(self._launched.popleft())
+
+    def _guarded(self, run: Callable[[], T]) -> T:
+        """What ``run`` gives; the executor is dead where it raises."""
         kernels.use(self._backend)  # another model of this process may run on others
         try:
-            return self._runner.execute(step)
+            return run()
         except Exception as error:
             self._fault = _as_fault(error)
             raise self._fault from error
 
     def shutdown(self) -> None:
         """Releases the model and its memory. Idempotent."""
-        self._runner = self._pending = None
+        self._runner = None
+        self._launched.clear()
         if torch.cuda.is_available():
             torch.cuda.empty_cache()
 
@@ -240,6 +261,38 @@ def _weight_cache(config: WorkerConfig) -> WeightCache | None:
     else:
         directory = Path(config.weight_cache_dir).expanduser()
     return WeightCache(directory, max_bytes=config.weight_cache_bytes)
+
+
+def _create_runner(
+    model: Model,
+    kv_caches: list[Tensor],
+    numbers: Numbers,
+    device: torch.device,
+    *,
+    max_num_seqs: int,
+    max_model_len: int,
+) -> Runner:
+    batch = InputBatch(max_num_seqs=max_num_seqs, max_model_len=max_model_len, block_size=kv_caches[0].shape[2])
+    if numbers.backend.kind != "triton":
+        library = cpu_library() if numbers.backend.kind == "cpu" else None
+        programs = None
+        if library is not None:
+            programs = DecodePrograms(library, model, kv_caches, max_num_seqs=max_num_seqs, max_model_len=max_model_len)
+        return ModelRunner(model, batch, kv_caches, dtype=numbers.dtype, device=device, decode_programs=programs)
+    # It imports triton, which is only there where there is CUDA.
+    from cluster.worker.cuda_graph import CudaCapture
+    from cluster.worker.cuda_runner import CudaRunner
+
+    return CudaRunner(
+        model,
+        batch,
+        kv_caches,
+        max_num_seqs=max_num_seqs,
+        max_model_len=max_model_len,
+        dtype=numbers.dtype,
+        device=device,
+        capture=CudaCapture(device),
+    )
 
 
 def _max_model_len(config: WorkerConfig, model: Model, file: ConfigFile) -> int:

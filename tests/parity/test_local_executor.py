@@ -210,7 +210,7 @@ class TestSteps:
     def test_two_steps_at_once(self, checkpoint: Path):
         executor = create_executor(checkpoint)
         executor.submit(create_step())
-        with pytest.raises(EngineFault, match="before step 0 was collected"):
+        with pytest.raises(EngineFault, match="before those under way were collected"):
             executor.submit(create_step(step_id=1, new=False, num_computed_tokens=5, num_new_tokens=1))
 
     def test_collect_without_submit(self, checkpoint: Path):
