@@ -1,6 +1,6 @@
 """Paged attention in C: its plan, made once a step from lengths and block tables, and the call that runs it.
 
-A row's result is the same to the last bit alone and in any batch, however its prompt is cut and on however many threads.
+A row's result is the same to the last bit alone and in any batch, however its prompt is cut, on any number of threads.
 
 Shapes: S sequences, B blocks of the longest table, T tokens, H query heads, G key-value heads, D head size.
 """
@@ -175,6 +175,4 @@ def _bind(found: Library | None) -> Op:
     if found is None:
         raise RuntimeError("the CPU kernels are not compiled")
     pointers = (_P, _P, _P)
-    return found.function(
-        "paged_attention", _P, _I, _I, _P, _I, _I, _I, _I, _I, *pointers, _I, _I, _I, _F, _F, _P
-    )
+    return found.function("paged_attention", _P, _I, _I, _P, _I, _I, _I, _I, _I, *pointers, _I, _I, _I, _F, _F, _P)

@@ -1,219 +1,286 @@
-/* Paged attention: out[t, h] = softmax over positions j <= position(t) of (scale * q[t, h] . k[j, g]) times v[j, g].
+/* Causal attention of query tokens over the keys and values of their own sequences, which lie in blocks.
  *
- * One algorithm for decoding and for chunks of prompts. The rows of a (sequence, key-value head) are its query tokens times
- * the query heads that share the head; a tile takes up to TILE_ROWS of them over the positions in chunks of 64 that are
- * anchored at position 0, with a running maximum and sum per row (Milakov & Gimelshein, 2018). What a row does not see
- * weighs exactly 0, and a chunk of which it sees nothing changes nothing, so a row's result depends neither on the tile it
- * lies in nor on how its prompt was cut.
+ *   out[row] = sum over j of w[j] v[j] / sum over j of w[j],   w[j] = exp(cap(scale * q[row] . k[j]) - largest)
  *
- * Cache of a layer: keys [blocks][heads][block_size / 16][size][16 positions], values [blocks][heads][block_size][size].
+ * A row is one query head of one token; j runs over the positions it sees: its own and those before it, or the last
+ * `window` of them. cap(s) = softcap * tanh(s / softcap), or s itself.
+ *
+ * The softmax is online (Milakov and Gimelshein, 2018): positions are taken in chunks, and what was summed is scaled down
+ * when a chunk brings a larger score. Chunks are anchored at position 0 and a chunk's order of operations is fixed, so a
+ * row's result depends on nothing but the row: not on its neighbours in a tile, nor on how a prompt is cut. A position
+ * that only a neighbour sees has weight 0, and so changes nothing.
+ *
+ * Rows of one sequence that share a key-value head form tiles, which the registers hold; tiles that share a task read
+ * each chunk from the first-level cache.
  */
+#include "kv_cache.h"
+#include "pool.h"
 #include "program.h"
 
-#include "kv_cache.h"
-#include "linear.h"
+#define CHUNK 64 /* positions */
+#define GROUPS (CHUNK / LANES)
+#define TASK_ROWS 32
+#define MAX_PASS 4
+#define LEAST (-3e38f) /* below every score; finite, since infinity minus itself is no number */
 
-#define TILE_ROWS 8
-#define CHUNK 64
-#define CHUNK_GROUPS (CHUNK / LANES)
-#define TILES_PER_TASK 4
+#if defined(__AVX512F__)
+#define MAX_TILE_ROWS 8
+#else
+#define MAX_TILE_ROWS 4
+#endif
+
+/* Native vectors that one pass computes for each of a tile's rows: with the rows, as many sums as the registers hold and
+ * the multiply-adds' latency asks for. */
+#define PASS_WIDTH(rows) ((rows) == MAX_TILE_ROWS ? 2 : 4)
 
 typedef struct {
-    const float *q;
-    float *out;
-    kv_cache cache;
-    int64_t q_stride, num_heads, num_seqs;
-    const int32_t *query_start, *context_len, *block_table;
-    int64_t table_stride, window;
+    const float *q;    /* token t's heads at q + t * q_stride */
+    int64_t q_stride;
+    kv_cache kv;
+    const int32_t *query_starts, *context_lens, *block_tables; /* as in attention.py */
+    int64_t num_seqs, table_width, num_heads, window;          /* window 0: none */
     float scale, softcap;
-    const int64_t *first_task; /* of each sequence; a task is some tiles of one of its heads */
+    float *out;
 } attention;
 
-INLINE f32x16 f32_tanh(f32x16 x) { return 1.0f - 2.0f / (1.0f + f32_exp(x * 2.0f)); }
-
+/* Rows of one sequence and key-value head; row i is query head i % R of token i / R, R heads to a key-value head. */
 typedef struct {
-    int64_t position, first; /* of the query, and of the first key it sees */
-    const float *q;
-    float *out;
-} query_row;
+    int64_t sequence, head, first_row, num_rows;
+} task_rows;
 
-INLINE const int32_t *table_of(const attention *a, int64_t seq) { return a->block_table + seq * a->table_stride; }
+static int64_t num_heads_per_kv(const attention *a) { return a->num_heads / a->kv.num_kv_heads; }
 
-/* scores[r][j] = q[r] . k[start + j] for the groups of 16 positions from `start` that lie below `end`. */
-INLINE void score_chunk(const attention *a, const int32_t *table, int64_t head, int64_t start, int64_t end,
-                        const float *q, float (*scores)[CHUNK], const int rows, const int format) {
-    const int groups_at_once = rows >= 4 ? 2 : 4;
-    const int64_t size = a->cache.head_size;
-    for (int64_t group = 0; group < CHUNK_GROUPS && start + group * LANES < end; group += groups_at_once) {
-        int64_t keys[4];
-        for (int i = 0; i < groups_at_once; i++) { /* a group beyond the end repeats the last one before it */
-            int64_t position = min_i64(start + (group + i) * LANES, (end - 1) / LANES * LANES);
-            keys[i] = key_index(&a->cache, table, head, position);
+static int64_t num_tasks_of(const attention *a, int64_t sequence) {
+    int64_t num_tokens = a->query_starts[sequence + 1] - a->query_starts[sequence];
+    return a->kv.num_kv_heads * ceil_div(num_tokens * num_heads_per_kv(a), TASK_ROWS);
+}
+
+static task_rows rows_of(const attention *a, int64_t index) {
+    int64_t sequence = 0;
+    for (int64_t tasks; index >= (tasks = num_tasks_of(a, sequence)); sequence++) index -= tasks;
+    int64_t per_head = num_tasks_of(a, sequence) / a->kv.num_kv_heads;
+    int64_t num_rows = (a->query_starts[sequence + 1] - a->query_starts[sequence]) * num_heads_per_kv(a);
+    int64_t first = index % per_head * TASK_ROWS;
+    return (task_rows){sequence, index / per_head, first, min_i64(TASK_ROWS, num_rows - first)};
+}
+
+/* Floats of q or out that belong to a row, as an offset of (token, query head). */
+typedef struct {
+    int64_t token, head, position;
+} row_place;
+
+static row_place place_of(const attention *a, const task_rows *task, int64_t row) {
+    int64_t per_kv = num_heads_per_kv(a), start = a->query_starts[task->sequence];
+    int64_t token = (task->first_row + row) / per_kv;
+    int64_t num_tokens = a->query_starts[task->sequence + 1] - start;
+    int64_t position = a->context_lens[task->sequence] - num_tokens + token;
+    return (row_place){start + token, task->head * per_kv + (task->first_row + row) % per_kv, position};
+}
+
+/* How far a tile's rows have come. Rows beyond the task's last repeat it; nobody reads their result. */
+typedef struct {
+    int64_t first[MAX_TILE_ROWS], end[MAX_TILE_ROWS]; /* positions that a row sees; both grow from row to row */
+    float peak[LANES];                                /* largest score so far */
+    float sum[MAX_TILE_ROWS][LANES];                  /* of the weights of positions j, in j % LANES */
+    float *q;                                         /* [D][rows], times scale */
+    float *out;                                       /* [rows][D] */
+} tile;
+
+/* A chunk's positions that some row of a tile sees, and the scores, then weights, of its rows. */
+typedef struct {
+    int64_t first, end;         /* positions */
+    int64_t base;               /* position of the first group; a multiple of 16 */
+    int num_groups;             /* of 16 positions */
+    int64_t keys[GROUPS], values[GROUPS];
+    float weights[MAX_TILE_ROWS][CHUNK];
+    float keep[LANES];          /* factor of what was summed before */
+} chunk;
+
+static void find_groups(const attention *a, const task_rows *task, chunk *c) {
+    const int32_t *table = a->block_tables + task->sequence * a->table_width;
+    c->base = c->first / LANES * LANES;
+    c->num_groups = (int)ceil_div(c->end - c->base, LANES);
+    for (int g = 0; g < c->num_groups; g++) {
+        int64_t position = c->base + g * LANES;
+        int64_t block = table[position / a->kv.block_size], offset = position % a->kv.block_size;
+        c->keys[g] = key_at(&a->kv, block, offset, task->head);
+        c->values[g] = value_at(&a->kv, block, offset, task->head);
+    }
+}
+
+/* Scores of `width` native vectors of positions, n and those after it: sums over the dimensions in order. */
+INLINE void score(const attention *a, const tile *t, chunk *c, int n, const int rows, const int width, const int type) {
+    f32v sum[MAX_TILE_ROWS][MAX_PASS] = {};
+    const float *q = t->q;
+    for (int64_t d = 0; d < a->kv.head_dim; d++, q += rows) {
+        f32v k[MAX_PASS];
+        for (int i = 0; i < width; i++)
+            k[i] = kv_load(a->kv.keys, c->keys[(n + i) / PARTS] + d * LANES + (n + i) % PARTS * WIDTH, type);
+        for (int r = 0; r < rows; r++)
+            for (int i = 0; i < width; i++) sum[r][i] = v_fma(v_set1(q[r]), k[i], sum[r][i]);
+    }
+    for (int r = 0; r < rows; r++)
+        for (int i = 0; i < width; i++) v_store(c->weights[r] + (n + i) * WIDTH, sum[r][i]);
+}
+
+/* Capped, and minus infinity where the row, which sees first .. end, does not see the position. */
+INLINE f32v visible_score(const attention *a, const chunk *c, int64_t first, int64_t end, int r, int n) {
+    f32v score = v_load(c->weights[r] + n * WIDTH);
+    if (a->softcap != 0.0f) score = a->softcap * v_tanh(score / a->softcap);
+    int64_t base = c->base + n * WIDTH;
+    if (first > base || end < base + WIDTH) {
+        int32_t from = (int32_t)max_i64(0, min_i64(first - base, WIDTH));
+        int32_t to = (int32_t)max_i64(0, min_i64(end - base, WIDTH));
+        score = v_select((v_indices() >= from) & (v_indices() < to), score, v_set1(-INFINITY));
+    }
+    return score;
+}
+
+/* Scores become weights. */
+static void weigh(const attention *a, tile *t, chunk *c, int rows) {
+    float before[LANES];
+    memcpy(before, t->peak, sizeof before);
+    for (int r = 0; r < rows; r++) {
+        f32v peak = v_set1(t->peak[r]);
+        for (int n = 0; n < c->num_groups * PARTS; n++) {
+            f32v score = visible_score(a, c, t->first[r], t->end[r], r, n);
+            peak = v_max(peak, score);
+            v_store(c->weights[r] + n * WIDTH, score);
         }
-        f32x16 sum[TILE_ROWS][4] = {};
-        for (int64_t d = 0; d < size; d++)
-            for (int i = 0; i < groups_at_once; i++) {
-                f32x16 k = kv_load(a->cache.keys, keys[i] + d * LANES, format);
-                for (int r = 0; r < rows; r++) sum[r][i] = f32_fma(f32_set1(q[r * size + d]), k, sum[r][i]);
+        t->peak[r] = v_max_all(peak);
+    }
+    for (int i = 0; i < rows; i += WIDTH) v_store(c->keep + i, v_exp(v_load(before + i) - v_load(t->peak + i)));
+    for (int r = 0; r < rows; r++) {
+        f32v sum[PARTS];
+        for (int p = 0; p < PARTS; p++) sum[p] = v_load(t->sum[r] + p * WIDTH) * c->keep[r];
+        for (int g = 0; g < c->num_groups; g++)
+            for (int p = 0; p < PARTS; p++) {
+                float *at = c->weights[r] + g * LANES + p * WIDTH;
+                f32v weight = v_exp(v_load(at) - t->peak[r]);
+                v_store(at, weight);
+                sum[p] += weight;
             }
-        for (int i = 0; i < groups_at_once; i++)
-            for (int r = 0; r < rows; r++) f32_store(scores[r] + (group + i) * LANES, sum[r][i]);
+        for (int p = 0; p < PARTS; p++) v_store(t->sum[r] + p * WIDTH, sum[p]);
     }
 }
 
-/* Scores of one row to weights; returns what the row's sums so far are to be multiplied by. */
-INLINE float weigh(const attention *a, const query_row *row, int64_t start, float *scores, float *maximum, f32x16 *sum) {
-    const i32x16 lane = {0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15};
-    const f32x16 hidden = f32_set1(-INFINITY);
-    int64_t from = row->first - start, to = row->position - start; /* seen: from <= j <= to */
-    if (to < 0 || from >= CHUNK) {
-        memset(scores, 0, CHUNK * sizeof *scores);
-        return 1.0f;
-    }
-    int32_t low = (int32_t)(from < 0 ? 0 : from), high = (int32_t)min_i64(to, CHUNK - 1);
-    f32x16 largest = f32_set1(*maximum);
-    f32x16 s[CHUNK_GROUPS];
-    for (int i = 0; i < CHUNK_GROUPS; i++) {
-        s[i] = f32_load(scores + i * LANES) * a->scale;
-        if (a->softcap > 0) s[i] = f32_tanh(s[i] / a->softcap) * a->softcap;
-        i32x16 j = lane + i * LANES;
-        s[i] = f32_select((j >= low) & (j <= high), s[i], hidden);
-        largest = f32_max(s[i], largest);
-    }
-    float new_maximum = f32_max_all(largest), factor = f32_exp(f32_set1(*maximum - new_maximum))[0];
-    *maximum = new_maximum;
-    *sum *= factor;
-    for (int i = 0; i < CHUNK_GROUPS; i++) {
-        f32x16 weight = f32_exp(s[i] - new_maximum);
-        *sum += weight;
-        f32_store(scores + i * LANES, weight);
-    }
-    return factor;
-}
-
-/* out[r] = out[r] * factor[r] + sum over j of weights[r][j] * v[start + j]; positions from `end` on are never read. */
-INLINE void add_values(const attention *a, const int32_t *table, int64_t head, int64_t start, int64_t end,
-                       float (*weights)[CHUNK], const float *factor, float *out, int64_t padded, const int rows,
-                       const int format) {
-    const int64_t size = a->cache.head_size;
-    for (int64_t d = 0; d < size; d += LANES) {
-        const int count = (int)min_i64(LANES, size - d);
-        f32x16 sum[TILE_ROWS];
-        for (int r = 0; r < rows; r++) sum[r] = f32_load(out + r * padded + d) * factor[r];
-        for (int64_t group = start; group < min_i64(start + CHUNK, end); group += LANES) {
-            int64_t values = value_index(&a->cache, table, head, group) + d, num = min_i64(LANES, end - group);
-            for (int64_t j = 0; j < num; j++) {
-                f32x16 v = kv_load_n(a->cache.values, values + j * size, count, format);
-                for (int r = 0; r < rows; r++)
-                    sum[r] = f32_fma(f32_set1(weights[r][group - start + j]), v, sum[r]);
+/* Adds the weighted values, dimensions d and those after it, to the tile's output, position by position. */
+INLINE void add_values(const attention *a, const tile *t, const chunk *c, int64_t d, const int rows, const int width,
+                       const int64_t count, const int type) {
+    int64_t head_dim = a->kv.head_dim;
+    f32v sum[MAX_TILE_ROWS][MAX_PASS];
+    for (int r = 0; r < rows; r++)
+        for (int i = 0; i < width; i++)
+            sum[r][i] = v_load_n(t->out + r * head_dim + d + i * WIDTH, count) * c->keep[r];
+    for (int g = 0; g < c->num_groups; g++) {
+        int64_t base = c->base + g * LANES;
+        int64_t from = max_i64(c->first - base, 0), to = min_i64(c->end - base, LANES);
+        int64_t at = c->values[g] + from * head_dim + d;
+        for (int64_t j = g * LANES + from; j < g * LANES + to; j++, at += head_dim) {
+            for (int i = 0; i < width; i++) {
+                f32v value = kv_load_n(a->kv.values, at + i * WIDTH, count, type);
+                for (int r = 0; r < rows; r++) sum[r][i] = v_fma(v_set1(c->weights[r][j]), value, sum[r][i]);
             }
         }
-        for (int r = 0; r < rows; r++) f32_store(out + r * padded + d, sum[r]);
+    }
+    for (int r = 0; r < rows; r++)
+        for (int i = 0; i < width; i++) v_store_n(t->out + r * head_dim + d + i * WIDTH, sum[r][i], count);
+}
+
+static void start_tile(const attention *a, const task_rows *task, int64_t first_row, tile *t, int rows) {
+    int64_t head_dim = a->kv.head_dim;
+    for (int r = 0; r < rows; r++) {
+        row_place place = place_of(a, task, min_i64(first_row + r, task->num_rows - 1));
+        t->end[r] = place.position + 1;
+        t->first[r] = a->window == 0 ? 0 : max_i64(0, t->end[r] - a->window);
+        const float *q = a->q + place.token * a->q_stride + place.head * head_dim;
+        for (int64_t d = 0; d < head_dim; d++) t->q[d * rows + r] = q[d] * a->scale;
+    }
+    for (int i = 0; i < LANES; i++) t->peak[i] = LEAST;
+    memset(t->sum, 0, sizeof t->sum);
+    memset(t->out, 0, (size_t)(rows * head_dim) * sizeof *t->out);
+}
+
+INLINE void take_chunk(const attention *a, const task_rows *task, int64_t start, tile *t, const int rows,
+                       const int type) {
+    chunk c;
+    c.first = max_i64(start, t->first[0]);
+    c.end = min_i64(start + CHUNK, t->end[rows - 1]);
+    if (c.first >= c.end) return;
+    find_groups(a, task, &c);
+    int n = 0, num_vectors = c.num_groups * PARTS;
+    for (; n + PASS_WIDTH(rows) <= num_vectors; n += PASS_WIDTH(rows)) score(a, t, &c, n, rows, PASS_WIDTH(rows), type);
+    for (; n < num_vectors; n++) score(a, t, &c, n, rows, 1, type);
+    weigh(a, t, &c, rows);
+    int64_t d = 0, head_dim = a->kv.head_dim;
+    for (; d + PASS_WIDTH(rows) * WIDTH <= head_dim; d += PASS_WIDTH(rows) * WIDTH)
+        add_values(a, t, &c, d, rows, PASS_WIDTH(rows), WIDTH, type);
+    for (; d + WIDTH <= head_dim; d += WIDTH) add_values(a, t, &c, d, rows, 1, WIDTH, type);
+    if (d < head_dim) add_values(a, t, &c, d, rows, 1, head_dim - d, type);
+}
+
+static void finish_tile(const attention *a, const task_rows *task, int64_t first_row, tile *t, int rows) {
+    int64_t head_dim = a->kv.head_dim;
+    for (int r = 0; r < rows && first_row + r < task->num_rows; r++) {
+        row_place place = place_of(a, task, first_row + r);
+        float *out = a->out + (place.token * a->num_heads + place.head) * head_dim;
+        float inverse = 1.0f / sum_halves(t->sum[r], LANES);
+        for (int64_t d = 0; d < head_dim; d++) out[d] = t->out[r * head_dim + d] * inverse;
     }
 }
 
-INLINE void attend(const attention *a, int64_t seq, int64_t head, const query_row *row, int num_rows, const int rows,
-                   const int format) {
-    const int64_t size = a->cache.head_size, padded = ceil_div(size, LANES) * LANES;
-    const int32_t *table = table_of(a, seq);
-    float q[TILE_ROWS * MAX_HEAD_SIZE], out[TILE_ROWS * MAX_HEAD_SIZE] __attribute__((aligned(64)));
-    float scores[TILE_ROWS][CHUNK] __attribute__((aligned(64)));
-    float maximum[TILE_ROWS], factor[TILE_ROWS];
-    f32x16 sum[TILE_ROWS] = {};
-    int64_t first = row[0].first, end = 0;
-    memset(out, 0, sizeof(float) * (size_t)(rows * padded));
-    memset(q, 0, sizeof(float) * (size_t)(rows * size));
-    for (int r = 0; r < num_rows; r++) {
-        memcpy(q + r * size, row[r].q, sizeof(float) * (size_t)size);
-        maximum[r] = -1e30f; /* finite: what is hidden is -infinity, and must weigh 0 even where nothing was seen yet */
-        first = min_i64(first, row[r].first);
-        end = row[r].position + 1 > end ? row[r].position + 1 : end;
+INLINE void attend(const attention *a, const task_rows *task, const int rows, const int type) {
+    int64_t head_dim = a->kv.head_dim, num_tiles = ceil_div(task->num_rows, rows);
+    tile tiles[TASK_ROWS];
+    float out[num_tiles * rows * head_dim], q[num_tiles * rows * head_dim];
+    for (int64_t i = 0; i < num_tiles; i++) {
+        tiles[i].out = out + i * rows * head_dim;
+        tiles[i].q = q + i * rows * head_dim;
+        start_tile(a, task, i * rows, &tiles[i], rows);
     }
-    for (int64_t start = first / CHUNK * CHUNK; start < end; start += CHUNK) {
-        score_chunk(a, table, head, start, end, q, scores, rows, format);
-        for (int r = 0; r < num_rows; r++) factor[r] = weigh(a, &row[r], start, scores[r], &maximum[r], &sum[r]);
-        for (int r = num_rows; r < rows; r++) memset(scores[r], 0, sizeof scores[r]), factor[r] = 0;
-        add_values(a, table, head, start, end, scores, factor, out, padded, rows, format);
-    }
-    for (int r = 0; r < num_rows; r++) {
-        float inverse = 1.0f / f32_sum(sum[r]);
-        for (int64_t d = 0; d < size; d += LANES)
-            f32_store_n(row[r].out + d, f32_load(out + r * padded + d) * inverse, (int)min_i64(LANES, size - d));
-    }
+    for (int64_t start = tiles[0].first[0] / CHUNK * CHUNK; start < tiles[num_tiles - 1].end[rows - 1]; start += CHUNK)
+        for (int64_t i = 0; i < num_tiles; i++) take_chunk(a, task, start, &tiles[i], rows, type);
+    for (int64_t i = 0; i < num_tiles; i++) finish_tile(a, task, i * rows, &tiles[i], rows);
 }
 
-static void attend_tile(const attention *a, int64_t seq, int64_t head, const query_row *row, int num_rows) {
-#define ATTEND(rows)                                                                                      \
-    switch (a->cache.format) {                                                                            \
-        case KV_FLOAT32: attend(a, seq, head, row, num_rows, rows, KV_FLOAT32); break;                    \
-        case KV_BFLOAT16: attend(a, seq, head, row, num_rows, rows, KV_BFLOAT16); break;                  \
-        case KV_FLOAT16: attend(a, seq, head, row, num_rows, rows, KV_FLOAT16); break;                    \
-    }
-    if (num_rows > 4) {
-        ATTEND(8)
-    } else if (num_rows > 2) {
-        ATTEND(4)
-    } else if (num_rows == 2) {
-        ATTEND(2)
-    } else {
-        ATTEND(1)
-    }
-#undef ATTEND
+INLINE void run_task(const attention *a, int64_t index, const int type) {
+    task_rows task = rows_of(a, index);
+    if (task.num_rows == 1)
+        attend(a, &task, 1, type);
+    else if (task.num_rows == 2)
+        attend(a, &task, 2, type);
+    else if (task.num_rows <= 4 || MAX_TILE_ROWS == 4)
+        attend(a, &task, 4, type);
+    else
+        attend(a, &task, MAX_TILE_ROWS, type);
 }
 
-/* The last sequence whose first task is not behind `index`. */
-INLINE int64_t sequence_of(const attention *a, int64_t index) {
-    int64_t low = 0, high = a->num_seqs;
-    while (high - low > 1) {
-        int64_t middle = (low + high) / 2;
-        if (a->first_task[middle] <= index)
-            low = middle;
-        else
-            high = middle;
+#define DEFINE_TASK(type)                                                      \
+    static void run_##type(void *context, int64_t index, int32_t thread) {     \
+        (void)thread;                                                          \
+        run_task(context, index, type);                                        \
     }
-    return low;
-}
+DEFINE_TASK(KV_FLOAT32)
+DEFINE_TASK(KV_BFLOAT16)
+DEFINE_TASK(KV_FLOAT16)
 
-static void run_task(void *context, int64_t index, int32_t thread) {
-    const attention *a = context;
-    (void)thread;
-    const int64_t size = a->cache.head_size, group = a->num_heads / a->cache.num_heads;
-    int64_t seq = sequence_of(a, index), query_len = a->query_start[seq + 1] - a->query_start[seq];
-    int64_t num_rows = query_len * group, per_task = TILE_ROWS * TILES_PER_TASK;
-    index -= a->first_task[seq];
-    int64_t head = index % a->cache.num_heads, begin = index / a->cache.num_heads * per_task;
-    for (int64_t tile = begin; tile < min_i64(begin + per_task, num_rows); tile += TILE_ROWS) {
-        query_row row[TILE_ROWS];
-        int count = (int)min_i64(TILE_ROWS, num_rows - tile);
-        for (int r = 0; r < count; r++) {
-            int64_t token = (tile + r) / group, query_head = head * group + (tile + r) % group;
-            int64_t position = a->context_len[seq] - query_len + token, t = a->query_start[seq] + token;
-            int64_t first = a->window > 0 && position >= a->window ? position - a->window + 1 : 0;
-            row[r] = (query_row){position, first, a->q + t * a->q_stride + query_head * size,
-                                 a->out + (t * a->num_heads + query_head) * size};
-        }
-        attend_tile(a, seq, head, row, count);
-    }
-}
-
-/* keys and values: the two halves of one layer's cache of num_blocks blocks. */
+/* Arguments as in attention.py; q_stride: floats from one token's queries to the next's. */
 void OP(paged_attention)(const float *q, int64_t q_stride, int64_t num_heads, void *cache, int64_t num_blocks,
-                         int64_t block_size, int64_t num_kv_heads, int64_t head_size, int64_t format,
-                         const int32_t *query_start, const int32_t *context_len, const int32_t *block_table,
-                         int64_t num_seqs, int64_t table_stride, int64_t window, float scale, float softcap, float *out) {
-    attention a = {q, out, kv_cache_of(cache, num_blocks, block_size, num_kv_heads, head_size, format), q_stride,
-                   num_heads, num_seqs, query_start, context_len, block_table, table_stride, window, scale, softcap, NULL};
-    int64_t num_tasks = 0, first_task[num_seqs];
-    for (int64_t seq = 0; seq < num_seqs; seq++) {
-        int64_t num_rows = (query_start[seq + 1] - query_start[seq]) * (num_heads / num_kv_heads);
-        first_task[seq] = num_tasks;
-        num_tasks += num_kv_heads * ceil_div(num_rows, TILE_ROWS * TILES_PER_TASK);
-    }
-    a.first_task = first_task;
-    pool_run(num_tasks, run_task, &a);
+                         int64_t block_size, int64_t num_kv_heads, int64_t head_dim, int64_t type,
+                         const int32_t *query_starts, const int32_t *context_lens, const int32_t *block_tables,
+                         int64_t num_seqs, int64_t table_width, int64_t window, float scale, float softcap, float *out) {
+    attention a = {.q = q, .q_stride = q_stride, .query_starts = query_starts, .context_lens = context_lens,
+                   .block_tables = block_tables, .num_seqs = num_seqs, .table_width = table_width,
+                   .num_heads = num_heads, .window = window, .scale = scale, .softcap = softcap, .out = out};
+    a.kv = kv_cache_of(cache, num_blocks, block_size, num_kv_heads, head_dim, (int)type);
+    int64_t num_tasks = 0;
+    for (int64_t sequence = 0; sequence < num_seqs; sequence++) num_tasks += num_tasks_of(&a, sequence);
+#define CASE(constant) pool_run(num_tasks, run_##constant, &a)
+    SWITCH_KV_TYPE(type, CASE)
+#undef CASE
 }
 
 void OP(paged_attention_replay)(const cell *a) {
-    OP(paged_attention)(a[0].p, a[1].i, a[2].i, a[3].p, a[4].i, a[5].i, a[6].i, a[7].i, a[8].i, a[9].p, a[10].p, a[11].p,
-                        a[12].i, a[13].i, a[14].i, (float)a[15].f, (float)a[16].f, a[17].p);
+    OP(paged_attention)(a[0].p, a[1].i, a[2].i, a[3].p, a[4].i, a[5].i, a[6].i, a[7].i, a[8].i, a[9].p, a[10].p,
+                        a[11].p, a[12].i, a[13].i, a[14].i, (float)a[15].f, (float)a[16].f, a[17].p);
 }

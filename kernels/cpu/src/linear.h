@@ -19,9 +19,6 @@
 #define MAX_ROWS 3
 #endif
 
-INLINE int64_t min_i64(int64_t a, int64_t b) { return a < b ? a : b; }
-INLINE int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
-
 /* Calls CASE(rows, tiles) with both as constants, so that the compiler keeps the sums in registers. */
 #define SWITCH_ROWS_1(CASE, rows, tiles) \
     case 1: CASE(1, tiles); break;

@@ -1,66 +1,94 @@
-/* y[t] = x[t] / sqrt(mean(x[t]^2) + eps) * weight, for rows of x or of x + residual; the latter also gives that sum. */
-#include "linear.h"
+/* out = x / sqrt(mean(x^2) + eps) * weight   over the last dimension (Zhang and Sennrich, 2019); x may be the sum of two
+ * tensors, which is kept.
+ *
+ * The square of number i of a row is added to sum i % SUMS, so the order of additions follows from a row's size alone.
+ */
+#include "native.h"
+#include "pool.h"
 #include "program.h"
 
+#define NUMBERS_PER_TASK 16384 /* fewer are done before another thread has heard of them */
+#define SUMS 64                /* as many as the additions' latency asks for */
+
 typedef struct {
-    const float *x, *residual, *weight;
-    int64_t x_stride, x_inner_stride, num_outer, num_inner, size;
-    float eps, *sum, *out;
-    int64_t out_stride, out_inner_stride;
-} normalisation;
+    const float *x, *residual, *weight; /* residual NULL: none */
+    float *total, *out;
+    int64_t num_rows, num_inner;                                    /* row i is (i / num_inner, i % num_inner) */
+    int64_t x_stride, x_inner_stride, out_stride, out_inner_stride; /* in floats */
+    int64_t size, rows_per_task;
+    float eps;
+} norm;
 
-#define ELEMENTS_PER_TASK 16384
+INLINE f32v term(const float *x, const float *residual, float *total, int64_t i, int64_t count) {
+    f32v value = v_load_n(x + i, count);
+    if (residual == NULL) return value;
+    value += v_load_n(residual + i, count);
+    v_store_n(total + i, value, count);
+    return value;
+}
 
-static void normalise(const normalisation *p, int64_t row) {
-    const int64_t size = p->size, outer = row / p->num_inner, inner = row % p->num_inner;
-    const float *x = p->x + outer * p->x_stride + inner * p->x_inner_stride;
-    float *out = p->out + outer * p->out_stride + inner * p->out_inner_stride;
-    float *total = p->sum == NULL ? NULL : p->sum + row * size;
-    f32x16 squares = {};
-    for (int64_t d = 0; d < size; d += LANES) {
-        const int count = (int)min_i64(LANES, size - d);
-        f32x16 value = f32_load_n(x + d, count);
-        if (total != NULL) {
-            value += f32_load_n(p->residual + row * size + d, count);
-            f32_store_n(total + d, value, count);
+INLINE float mean_square(const float *x, const float *residual, float *total, int64_t size) {
+    f32v sum[SUMS / WIDTH] = {};
+    int64_t i = 0;
+    for (; i + SUMS <= size; i += SUMS)
+        for (int n = 0; n < SUMS / WIDTH; n++) {
+            f32v value = term(x, residual, total, i + n * WIDTH, WIDTH);
+            sum[n] = v_fma(value, value, sum[n]);
         }
-        squares = f32_fma(value, value, squares);
+    float sums[SUMS];
+    for (int n = 0; n < SUMS / WIDTH; n++) {
+        if (i + n * WIDTH < size) {
+            f32v value = term(x, residual, total, i + n * WIDTH, size - i - n * WIDTH);
+            sum[n] = v_fma(value, value, sum[n]);
+        }
+        v_store(sums + n * WIDTH, sum[n]);
     }
-    const float factor = 1.0f / sqrtf(f32_sum(squares) / (float)size + p->eps);
-    const float *from = total != NULL ? total : x;
-    for (int64_t d = 0; d < size; d += LANES) {
-        const int count = (int)min_i64(LANES, size - d);
-        f32_store_n(out + d, f32_load_n(from + d, count) * factor * f32_load_n(p->weight + d, count), count);
-    }
+    return sum_halves(sums, SUMS) / (float)size;
 }
 
-static void run_task(void *context, int64_t index, int32_t thread) {
-    const normalisation *p = context;
+static void normalize_rows(void *context, int64_t index, int32_t thread) {
+    const norm *a = context;
     (void)thread;
-    const int64_t rows = ceil_div(ELEMENTS_PER_TASK, p->size), num_rows = p->num_outer * p->num_inner;
-    for (int64_t row = index * rows; row < min_i64((index + 1) * rows, num_rows); row++) normalise(p, row);
+    for (int64_t row = index * a->rows_per_task; row < min_i64((index + 1) * a->rows_per_task, a->num_rows); row++) {
+        int64_t outer = row / a->num_inner, inner = row % a->num_inner;
+        const float *x = a->x + outer * a->x_stride + inner * a->x_inner_stride;
+        float *out = a->out + outer * a->out_stride + inner * a->out_inner_stride;
+        const float *residual = a->residual == NULL ? NULL : a->residual + row * a->size;
+        float *total = a->residual == NULL ? NULL : a->total + row * a->size;
+        float inverse = 1.0f / sqrtf(mean_square(x, residual, total, a->size) + a->eps);
+        if (residual != NULL) x = total;
+        for (int64_t i = 0; i < a->size; i += WIDTH) {
+            int64_t count = a->size - i;
+            v_store_n(out + i, v_load_n(x + i, count) * inverse * v_load_n(a->weight + i, count), count);
+        }
+    }
 }
 
-static void run(normalisation *p) {
-    pool_run(ceil_div(p->num_outer * p->num_inner, ceil_div(ELEMENTS_PER_TASK, p->size)), run_task, p);
+static void run(norm *a) {
+    a->rows_per_task = max_i64(1, NUMBERS_PER_TASK / max_i64(1, a->size));
+    pool_run(ceil_div(a->num_rows, a->rows_per_task), normalize_rows, a);
 }
 
+/* Rows (num_outer, num_inner) of `size` floats each, at the strides given; out may be x. */
 void OP(rms_norm)(const float *x, int64_t x_stride, int64_t x_inner_stride, const float *weight, float eps,
                   int64_t num_outer, int64_t num_inner, int64_t size, float *out, int64_t out_stride,
                   int64_t out_inner_stride) {
-    normalisation p = {x, NULL, weight, x_stride, x_inner_stride, num_outer, num_inner, size, eps, NULL, out, out_stride,
-                       out_inner_stride};
-    run(&p);
+    norm a = {.x = x, .weight = weight, .out = out, .num_rows = num_outer * num_inner, .num_inner = num_inner,
+              .x_stride = x_stride, .x_inner_stride = x_inner_stride, .out_stride = out_stride,
+              .out_inner_stride = out_inner_stride, .size = size, .eps = eps};
+    run(&a);
 }
 
 void OP(rms_norm_replay)(const cell *a) {
     OP(rms_norm)(a[0].p, a[1].i, a[2].i, a[3].p, (float)a[4].f, a[5].i, a[6].i, a[7].i, a[8].p, a[9].i, a[10].i);
 }
 
+/* Contiguous rows; total = x + residual. */
 void OP(add_rms_norm)(const float *x, const float *residual, const float *weight, float eps, int64_t num_rows,
-                      int64_t size, float *out, float *sum) {
-    normalisation p = {x, residual, weight, size, 0, num_rows, 1, size, eps, sum, out, size, 0};
-    run(&p);
+                      int64_t size, float *out, float *total) {
+    norm a = {.x = x, .residual = residual, .weight = weight, .total = total, .out = out, .num_rows = num_rows,
+              .num_inner = 1, .x_stride = size, .out_stride = size, .size = size, .eps = eps};
+    run(&a);
 }
 
 void OP(add_rms_norm_replay)(const cell *a) {

@@ -1,6 +1,7 @@
 /* cos[t, r] = scale * cos(position[t] * frequency[r]), and sin alike. */
-#include "linear.h"
+#include "pool.h"
 #include "program.h"
+#include "simd.h"
 
 typedef struct {
     const int64_t *positions;

@@ -22,6 +22,10 @@
 #define INLINE static inline __attribute__((always_inline, unused))
 #define LANES 16
 
+INLINE int64_t min_i64(int64_t a, int64_t b) { return a < b ? a : b; }
+INLINE int64_t max_i64(int64_t a, int64_t b) { return a > b ? a : b; }
+INLINE int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
+
 typedef float f32x16 __attribute__((vector_size(64), aligned(64)));
 typedef int32_t i32x16 __attribute__((vector_size(64), aligned(64)));
 typedef uint32_t u32x16 __attribute__((vector_size(64), aligned(64)));
@@ -101,15 +105,6 @@ INLINE f32x16 f32_min(f32x16 a, f32x16 b) {
 
 INLINE f32x16 f32_abs(f32x16 a) { return (f32x16)((i32x16)a & ((i32x16){} + 0x7fffffff)); }
 
-/* Sum of the lanes, always in the same order: halves onto each other. */
-INLINE float f32_sum(f32x16 a) {
-    float lane[LANES];
-    f32_store(lane, a);
-    for (int width = LANES / 2; width > 0; width /= 2)
-        for (int i = 0; i < width; i++) lane[i] += lane[i + width];
-    return lane[0];
-}
-
 INLINE float f32_max_all(f32x16 a) {
     float lane[LANES];
     f32_store(lane, a);
@@ -126,25 +121,6 @@ INLINE f32x16 f32_round(f32x16 a) {
 
 INLINE i32x16 i32_from_f32(f32x16 whole) { return __builtin_convertvector(whole, i32x16); }
 INLINE f32x16 f32_from_i32(i32x16 a) { return __builtin_convertvector(a, f32x16); }
-
-/* e^a to 1.5 ulp; 0 from -87.3 down, the largest number's neighbourhood from 88.3 up; NaN stays NaN.
- * 2^n * e^r with a = n ln 2 + r, |r| <= ln 2 / 2, and e^r by its Taylor series to r^7. */
-INLINE f32x16 f32_exp(f32x16 a) {
-    f32x16 x = f32_min(f32_set1(88.3f), f32_max(f32_set1(-87.33f), a));
-    f32x16 n = f32_round(x * f32_set1(1.44269504f));
-    f32x16 r = f32_fma(n, f32_set1(-0.693359375f), x); /* ln 2 in two parts: the first times n is exact */
-    r = f32_fma(n, f32_set1(2.12194440e-4f), r);
-    f32x16 p = f32_set1(1.98412698e-4f);
-    p = f32_fma(p, r, f32_set1(1.38888889e-3f));
-    p = f32_fma(p, r, f32_set1(8.33333333e-3f));
-    p = f32_fma(p, r, f32_set1(4.16666667e-2f));
-    p = f32_fma(p, r, f32_set1(1.66666667e-1f));
-    p = f32_fma(p, r, f32_set1(0.5f));
-    p = f32_fma(p, r * r, r) + 1.0f;
-    f32x16 power = (f32x16)((i32_from_f32(n) + 127) << 23);
-    f32x16 out = f32_select(a < -87.33f, f32_set1(0.0f), p * power);
-    return f32_select(a != a, a, out);
-}
 
 /* --- 16-bit formats --- */
 
@@ -206,29 +182,6 @@ INLINE uint16_t f16_of_finite(float value) {
     memcpy(&bits, &magnitude, sizeof bits);
     bits += 0xfff + (bits >> 13 & 1);
     return (uint16_t)(sign | ((bits >> 13) - (112 << 10)));
-}
-
-INLINE f32x16 f32_from_f16(const uint16_t *from) {
-#if defined(__AVX512F__)
-    __m256i half;
-    memcpy(&half, from, sizeof half);
-    return (f32x16)_mm512_cvtph_ps(half);
-#elif defined(__F16C__)
-    union {
-        f32x16 whole;
-        __m256 half[2];
-    } out;
-    __m128i low, high;
-    memcpy(&low, from, sizeof low);
-    memcpy(&high, from + 8, sizeof high);
-    out.half[0] = _mm256_cvtph_ps(low);
-    out.half[1] = _mm256_cvtph_ps(high);
-    return out.whole;
-#else
-    f32x16 out;
-    for (int i = 0; i < LANES; i++) out[i] = f32_of_f16(from[i]);
-    return out;
-#endif
 }
 
 /* --- products of bytes --- */
