@@ -17,6 +17,7 @@ from cluster.kernels.cpu.library import library as cpu_library
 from cluster.layers.attention import AttentionMetadata
 from cluster.models.registry import Model
 from cluster.worker.cpu_sampler import CpuSampler
+from cluster.worker.decode_programs import DecodePrograms
 from cluster.worker.host_blocks import HostBlocks
 from cluster.worker.input_batch import InputBatch, StepArrays
 from cluster.worker.sampler import sample
@@ -33,12 +34,20 @@ class ModelRunner:
     max_in_flight = 1
 
     def __init__(
-        self, model: Model, batch: InputBatch, kv_caches: list[Tensor], *, dtype: torch.dtype, device: torch.device
+        self,
+        model: Model,
+        batch: InputBatch,
+        kv_caches: list[Tensor],
+        *,
+        dtype: torch.dtype,
+        device: torch.device,
+        decode_programs: DecodePrograms | None = None,
     ) -> None:
         """
         Args:
             kv_caches: one (2, num_blocks, block_size, kv_heads, head_dim) per layer; written by every step.
             dtype: of the model's activations.
+            decode_programs: of this model and these caches; they run the steps that they can.
         """
         self._model = model
         self._batch = batch
@@ -47,6 +56,7 @@ class ModelRunner:
         self._block_size = kv_caches[0].shape[2]
         self._dtype = dtype
         self._device = device
+        self._decode_programs = decode_programs
         library = cpu_library() if device.type == "cpu" else None
         self._sample = sample if library is None else CpuSampler(library).sample
 
@@ -67,16 +77,13 @@ class ModelRunner:
             return StepOutput(step_id=step.step_id, sampled={}, parking_s=parking_s)
         arrays = self._batch.arrays(step.scheduled)
         began = time.perf_counter()
-        hidden_TD = self._forward(arrays)
-        rows = arrays.sampling_rows
-        if not rows:
+        logits_RV = self._logits(arrays)
+        if logits_RV is None:
             return StepOutput(
                 step_id=step.step_id, sampled={}, parking_s=parking_s, forward_s=time.perf_counter() - began
             )
-        if len(rows) < len(hidden_TD):
-            hidden_TD = hidden_TD[torch.tensor(arrays.sampling_indices, device=self._device)]
-        logits_RV = self._model.compute_logits(hidden_TD)
         computed = time.perf_counter()
+        rows = arrays.sampling_rows
         tokens = self._sample(logits_RV, rows)
         output = StepOutput(
             step_id=step.step_id,
@@ -92,6 +99,19 @@ class ModelRunner:
                 self._batch.append(state, token.token_id)
                 output.sampled[state.sequence_id] = token
         return output
+
+    def _logits(self, arrays: StepArrays) -> Tensor | None:
+        """Logits (R, V) of the rows that sample, None where there are none."""
+        if self._decode_programs is not None:
+            logits_RV = self._decode_programs.logits(arrays)
+            if logits_RV is not None:
+                return logits_RV
+        hidden_TD = self._forward(arrays)
+        if not arrays.sampling_rows:
+            return None
+        if len(arrays.sampling_rows) < len(hidden_TD):
+            hidden_TD = hidden_TD[torch.tensor(arrays.sampling_indices, device=self._device)]
+        return self._model.compute_logits(hidden_TD)
 
     def _forward(self, arrays: StepArrays) -> Tensor:
         """Hidden states (T, D)."""
