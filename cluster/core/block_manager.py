@@ -144,10 +144,10 @@ class BlockManager:
             would stay free; nothing has changed then.
         """
         table = self._tables.get(request_id)
-        missing = max(0, -(-num_tokens // self.block_size) - (0 if table is None else len(table.block_ids)))
-        if missing + num_spare_blocks > self.num_free_blocks:
+        missing = -(-num_tokens // self.block_size) - (0 if table is None else len(table.block_ids))
+        if max(missing, 0) + num_spare_blocks > len(self._free) + self._cache.num_idle:
             return None
-        if missing == 0:
+        if missing <= 0:
             return ()
         blocks = self._take(missing)
         if table is None:

@@ -16,6 +16,9 @@ class PrefixCache:
     never broken. And whoever holds a block holds all before it, so below a block that nobody holds there are only such
     blocks, and every one of them can be given up in turn: all ``num_idle`` of them are as good as free.
 
+    Attributes:
+        num_idle: blocks that nobody holds.
+
     Args:
         evictable: an empty queue, which says what is given up first.
     """
@@ -24,16 +27,8 @@ class PrefixCache:
         self._by_hash: dict[bytes, CachedBlock] = {}
         self._by_id: dict[int, CachedBlock] = {}
         self._evictable = evictable
-        self._num_idle = 0
+        self.num_idle = 0
         self._num_inserted = 0
-
-    def __len__(self) -> int:
-        return len(self._by_id)
-
-    @property
-    def num_idle(self) -> int:
-        """Blocks that nobody holds."""
-        return self._num_idle
 
     def __contains__(self, block_id: int) -> bool:
         return block_id in self._by_id
@@ -73,7 +68,7 @@ class PrefixCache:
             block.reused = True
             if not block.held:
                 block.held = True
-                self._num_idle -= 1
+                self.num_idle -= 1
                 self._evictable.discard(block)
 
     def release(self, block_id: int) -> None:
@@ -81,7 +76,7 @@ class PrefixCache:
         block = self._by_id[block_id]
         block.held = False
         block.last_used = self._num_inserted
-        self._num_idle += 1
+        self.num_idle += 1
         if block.num_children == 0:
             self._evictable.push(block)
 
@@ -89,7 +84,7 @@ class PrefixCache:
         """Forgets the block that is worth least, and returns it. Raises IndexError where all are held."""
         block = self._evictable.pop()
         del self._by_hash[block.block_hash], self._by_id[block.block_id]
-        self._num_idle -= 1
+        self.num_idle -= 1
         parent = block.parent
         if parent is not None:
             parent.num_children -= 1
@@ -123,5 +118,5 @@ class PrefixCache:
             if evictable != (block.ticket > 0):
                 raise RuntimeError(f"cached block {block.block_id}: exactly the leaves that nobody holds are evictable")
         num_idle = sum(not block.held for block in self._by_id.values())
-        if (len(self._by_hash), self._num_idle, len(self._evictable)) != (len(self._by_id), num_idle, num_evictable):
+        if (len(self._by_hash), self.num_idle, len(self._evictable)) != (len(self._by_id), num_idle, num_evictable):
             raise RuntimeError(f"the prefix cache miscounts: {num_idle} of {len(self._by_id)} blocks are idle")
