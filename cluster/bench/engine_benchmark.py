@@ -11,9 +11,9 @@ from pathlib import Path
 import torch
 
 from cluster.bench.child import Outcome, Workload, run_in_child
-from cluster.bench.probe import Machine, probe
+from cluster.bench.probe import Device, Machine, probe
 from cluster.bench.roofline import Roofline
-from cluster.bench.session import EngineSettings, Session, StepParts, random_prompts
+from cluster.bench.session import EngineSettings, Run, Session, StepParts, random_prompts
 from cluster.bench.shapes import shape_of
 from cluster.core.model_info import ModelInfo
 
@@ -41,7 +41,7 @@ class BatchFigures:
     """Of one batch size. Rates are in tokens per second, as ``Timeline`` defines them.
 
     Attributes:
-        decode_share, prefill_share: of the roofline.
+        decode_share: of the roofline.
         parts_ms: of the median decode step.
         overhead_ms: of that step, all but the model's forward pass.
     """
@@ -59,7 +59,8 @@ class EngineFigures:
     """All that ``cluster bench engine`` reports.
 
     Attributes:
-        prefill_tokens_per_s, prefill_share: of one long prompt, alone.
+        machine: the better of two measurements, before and after.
+        prefill_tokens_per_s, prefill_share: of one long prompt, alone; its share of the roofline.
         first_token_s: of a fresh process.
         peak_bytes: largest resident size of that process, after its largest batch.
         overhead_bytes: of it, what is neither weights nor keys and values of that batch.
@@ -85,8 +86,9 @@ def run(settings: EngineSettings, plan: Plan, on_stage: Callable[[str], None]) -
         ConfigError, CheckpointError, Unsupported: the model cannot be loaded.
         InvalidRequest: the plan does not fit into the model's context.
     """
+    device: Device = "cuda" if torch.cuda.is_available() else "cpu"
     on_stage("measuring the machine")
-    machine = probe("cuda" if torch.cuda.is_available() else "cpu", settings.num_threads)
+    machine = probe(device, settings.num_threads)
     largest = max(plan.batches)
     on_stage(f"a fresh process: first token, then {largest} requests")
     fresh = run_in_child(
@@ -99,28 +101,30 @@ def run(settings: EngineSettings, plan: Plan, on_stage: Callable[[str], None]) -
         ),
     )
     on_stage("loading the model")
+    draw = random.Random(1)
+    runs: dict[int, list[Run]] = {}
     with Session(settings) as session:
-        roofline = Roofline(
-            shape=shape_of(Path(settings.checkpoint)),
-            weights=settings.weights,
-            kv_bytes=getattr(torch, session.model.kv_cache_dtype).itemsize,
-            machine=machine,
-        )
-        draw = random.Random(1)
+        model = session.model
         on_stage(f"a prompt of {plan.prefill_tokens} tokens")
         prefill = _prefill_tokens_per_s(session, draw, plan)
-        batches = []
         for num_requests in plan.batches:
             on_stage(f"{num_requests} requests")
-            batches.append(_measure(session, draw, plan, num_requests, roofline))
-        model = session.model
+            runs[num_requests] = _runs(session, draw, plan, num_requests)
+    on_stage("measuring the machine again")
+    machine = machine.best_of(probe(device, settings.num_threads))
+    roofline = Roofline(
+        shape=shape_of(Path(settings.checkpoint)),
+        weights=settings.weights,
+        kv_bytes=getattr(torch, model.kv_cache_dtype).itemsize,
+        machine=machine,
+    )
     return EngineFigures(
         settings=settings,
         plan=plan,
         machine=machine,
         model=model,
         weight_bytes=round(roofline.resident_bytes),
-        batches=batches,
+        batches=[_figures_of(num_requests, runs[num_requests], plan, roofline) for num_requests in plan.batches],
         prefill_tokens_per_s=prefill,
         prefill_share=prefill / roofline.prefill_tokens_per_s(plan.prefill_tokens),
         first_token_s=fresh.first_token_s,
@@ -138,13 +142,17 @@ def _prefill_tokens_per_s(session: Session, draw: random.Random, plan: Plan) -> 
     return statistics.median([once() for _ in range(plan.rounds)])
 
 
-def _measure(session: Session, draw: random.Random, plan: Plan, num_requests: int, roofline: Roofline) -> BatchFigures:
+def _runs(session: Session, draw: random.Random, plan: Plan, num_requests: int) -> list[Run]:
+    vocab_size = session.model.vocab_size
     # What is recorded, captured or allocated for a batch of this size is not the steady state.
-    session.run(random_prompts(draw, num_requests, 1, session.model.vocab_size), 3)
-    runs = [
-        session.run(random_prompts(draw, num_requests, plan.prompt_tokens, session.model.vocab_size), plan.new_tokens)
+    session.run(random_prompts(draw, num_requests, 1, vocab_size), 3)
+    return [
+        session.run(random_prompts(draw, num_requests, plan.prompt_tokens, vocab_size), plan.new_tokens)
         for _ in range(plan.rounds)
     ]
+
+
+def _figures_of(num_requests: int, runs: Sequence[Run], plan: Plan, roofline: Roofline) -> BatchFigures:
     decodes = [rate for run in runs if (rate := run.timeline.decode_tokens_per_s) is not None]
     decode = statistics.median(decodes) if decodes else None
     parts_ms = _median_parts_ms([step for run in runs for step in run.decode_steps])

@@ -12,7 +12,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Literal
 
 import torch
@@ -39,6 +39,14 @@ class Machine:
     num_threads: int
     read_bytes_per_s: float
     ops_per_s: dict[str, float]
+
+    def best_of(self, other: Machine) -> Machine:
+        """The higher limit of two measurements: what else the machine does can only lower them."""
+        return replace(
+            self,
+            read_bytes_per_s=max(self.read_bytes_per_s, other.read_bytes_per_s),
+            ops_per_s={name: max(rate, other.ops_per_s[name]) for name, rate in self.ops_per_s.items()},
+        )
 
 
 def probe(device: Device, num_threads: int) -> Machine:

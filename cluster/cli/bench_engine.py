@@ -83,7 +83,7 @@ def _print_figures(figures: EngineFigures) -> None:
             f"{_mib(figures.peak_bytes)} at most, of which {_mib(figures.overhead_bytes)} beside weights "
             f"({_mib(figures.weight_bytes)}) and KV"
         ),
-        "engine": f"{model.architecture}, {figures.settings.weights} weights, {model.backend}",
+        "engine": f"{model.architecture}, {model.backend}",
         "machine": (f"{machine.num_threads} threads read {machine.read_bytes_per_s / 1e9:.1f} GB/s; GOP/s: {rates}"),
     }
     print_text("\n")

@@ -85,3 +85,10 @@ def test_the_reference_model_in_int8_is_half_a_gigabyte():
     assert roofline.weight_bytes == pytest.approx(0.494e9, rel=0.01)
     # The floor of one request at 20 GB/s is some 40 tokens a second.
     assert roofline.decode_tokens_per_s(1, 128, 64) == pytest.approx(40, rel=0.03)
+
+
+def test_the_better_of_two_measurements_is_taken_limit_by_limit():
+    first = Machine(device="cpu", num_threads=2, read_bytes_per_s=10.0, ops_per_s={"float32": 5.0, "int8": 6.0})
+    second = Machine(device="cpu", num_threads=2, read_bytes_per_s=9.0, ops_per_s={"float32": 7.0, "int8": 4.0})
+    best = Machine(device="cpu", num_threads=2, read_bytes_per_s=10.0, ops_per_s={"float32": 7.0, "int8": 6.0})
+    assert first.best_of(second) == second.best_of(first) == best
