@@ -67,8 +67,12 @@ _current = _TORCH
 
 
 @functools.cache
-def backend(kind: BackendKind) -> Backend | None:
-    """The backend of this kind; None: it does not run here (no compiled library, no triton). Imports it when asked."""
+def backend(kind: BackendKind, *, batch_invariant: bool = False) -> Backend | None:
+    """The backend of this kind; None: it does not run here (no compiled library, no triton). Imports it when asked.
+
+    Args:
+        batch_invariant: of "triton", which has both modes; the others are what they are.
+    """
     if kind == "torch":
         return _TORCH
     if kind == "cpu":
@@ -80,8 +84,8 @@ def backend(kind: BackendKind) -> Backend | None:
     except ModuleNotFoundError:  # torch comes without triton where there is no CUDA
         return None
     # What is not worth a kernel of its own stays torch's.
-    own = functions(batch_invariant=False)
-    return Backend(kind="triton", name="triton", batch_invariant=False, functions={**_TORCH.functions, **own})
+    own = functions(batch_invariant=batch_invariant)
+    return Backend(kind="triton", name="triton", batch_invariant=batch_invariant, functions={**_TORCH.functions, **own})
 
 
 def current() -> Backend:

@@ -28,7 +28,8 @@ class LoadOptions:
 
     Attributes:
         backend: of the kernels that will run it.
-        weights: format of the matrices; ``dtype``'s own name but on the "cpu" backend.
+        weights: format of the matrices; int8 and int4 on the "cpu" and "triton" backends, and ``dtype``'s own name but
+            on the "cpu" backend.
         dtype: of activations, and of norms and biases.
         load_format: "dummy": random weights; of the checkpoint only config.json is read.
         num_threads: that pack weights.
@@ -92,6 +93,10 @@ class ModelLoader:
 
             self._layout = PackedLayout(self._targets, cast("Literal['float32']", options.weights))
             self.num_bytes = self._layout.num_bytes
+        elif options.weights in ("int8", "int4"):
+            from cluster.models.quantized_weights import quantized_bytes
+
+            self.num_bytes = quantized_bytes(self._targets, options.weights, options.dtype)
         else:
             self.num_bytes = options.dtype.itemsize * sum(math.prod(target.shape) for target in self._targets)
 
@@ -113,6 +118,10 @@ class ModelLoader:
                     # A copy of the others would hold what the checkpoint holds, and packing them takes no longer.
                     cache = options.cache, CacheKey(checkpoint_digest(self._checkpoint), options.weights)
                 load_packed(self._layout, source, num_threads=options.num_threads, cache=cache)
+            elif options.weights in ("int8", "int4"):
+                from cluster.models.quantized_weights import load_quantized
+
+                load_quantized(self._targets, source, options.weights, options.dtype, options.device)
             else:
                 load_dense(self._targets, source, options.dtype, options.device)
         _move_buffers(self._model, options.device)

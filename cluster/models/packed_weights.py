@@ -47,8 +47,7 @@ class PackedLayout:
     def __init__(self, targets: list[Target], weights: WeightFormat) -> None:
         """
         Args:
-            weights: format of the matrices. Of int4, embedding and output head are int8: they are read for every token
-                of every text, and measured on the embedded model they cost more bits than all other int4 matrices save.
+            weights: format of the matrices; of int4, some are int8 (``Target.quantized_format``).
         """
         self.weights = weights
         self.entries: list[PackedEntry] = []
@@ -96,7 +95,7 @@ def load_packed(
 def _format_of(target: Target, weights: WeightFormat) -> WeightFormat | None:
     if not target.is_matrix:
         return None
-    return "int8" if weights == "int4" and target.is_vocabulary else weights
+    return target.quantized_format(weights) if weights in ("int8", "int4") else weights
 
 
 def _pack(entry: PackedEntry, source: TensorSource, data: Tensor) -> None:

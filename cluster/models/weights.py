@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -43,6 +43,12 @@ class Target:
     @property
     def is_matrix(self) -> bool:
         return len(self.shape) == 2
+
+    def quantized_format(self, weights: Literal["int8", "int4"]) -> Literal["int8", "int4"]:
+        """The format of this matrix in a model of such weights. Of int4, embedding and output head are int8: they are
+        read for every token of every text, and measured on the embedded model they cost more bits than all other int4
+        matrices save."""
+        return "int8" if self.is_vocabulary else weights
 
     def part_shapes(self) -> dict[str, tuple[int, ...]]:
         return {name: (rows, *self.shape[1:]) for name, rows in self.parts}
@@ -101,7 +107,12 @@ def check_source(source: TensorSource, targets: list[Target], tied: set[str]) ->
 def load_dense(targets: list[Target], source: TensorSource, dtype: torch.dtype, device: torch.device) -> None:
     """Every parameter as a tensor of ``dtype`` on ``device``."""
     for target in targets:
-        tensor = torch.empty(target.shape, dtype=dtype, device=device)
-        for first, rows in target.chunks(source):
-            tensor[first : first + len(rows)].copy_(rows)
-        target.put(tensor)
+        target.put(dense_tensor(target, source, dtype, device))
+
+
+def dense_tensor(target: Target, source: TensorSource, dtype: torch.dtype, device: torch.device) -> Tensor:
+    """One parameter as a tensor of ``dtype`` on ``device``."""
+    tensor = torch.empty(target.shape, dtype=dtype, device=device)
+    for first, rows in target.chunks(source):
+        tensor[first : first + len(rows)].copy_(rows)
+    return tensor

@@ -21,6 +21,8 @@ class WorkerConfig:
         kv_cache_dtype: of cached keys and values; auto: float32 on CPU with float32 weights, float16 with others; dtype
             elsewhere.
         kernels: auto takes our own kernels where they run; torch leaves them out.
+        batch_invariant: on CUDA, tokens that do not depend by one bit on what else is in the batch, for slower steps;
+            our CPU kernels have no other mode.
         block_size: tokens per KV block; our CPU kernels take multiples of 16.
         kv_cache_bytes: memory for the KV pool; unset: on CPU a quarter of the free memory, at most 1 GiB; on CUDA what
             gpu_memory_utilization leaves.
@@ -40,6 +42,7 @@ class WorkerConfig:
     weights: Literal["auto", "float32", "bfloat16", "int8", "int4"] = "auto"
     kv_cache_dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
     kernels: Literal["auto", "torch"] = "auto"
+    batch_invariant: bool = False
     block_size: int = 16
     kv_cache_bytes: int | None = None
     gpu_memory_utilization: float = 0.9

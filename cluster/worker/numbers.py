@@ -55,18 +55,28 @@ def choose_numbers(config: WorkerConfig, file: ConfigFile, device: torch.device,
         else:
             _log.info("torch's kernels serve in place of our own: %s", obstacle)
     else:
-        obstacle = "they run on CPU only"
-        wants_own = our_code and config.kernels == "auto"
-        backend = kernels.backend("triton") if wants_own else None
+        obstacle = _obstacle(config, our_code=our_code)
+        backend = None if obstacle else kernels.backend("triton", batch_invariant=config.batch_invariant)
+        if backend is None:
+            obstacle = obstacle or "triton is not installed"
+            _log.info("torch's kernels serve in place of our own: %s", obstacle)
     return _dense(config, file, device, backend or kernels.backend("torch"), obstacle)
 
 
-def _obstacle_to_c(config: WorkerConfig, *, our_code: bool) -> str:
-    """Why the C kernels cannot serve this configuration; empty: they can."""
+def _obstacle(config: WorkerConfig, *, our_code: bool) -> str:
+    """Why no kernels of our own can serve this configuration; empty: they can."""
     if config.kernels == "torch":
         return "worker.kernels is torch"
     if not our_code:
         return "transformers' modelling code runs the model"
+    return ""
+
+
+def _obstacle_to_c(config: WorkerConfig, *, our_code: bool) -> str:
+    """Why the C kernels cannot serve this configuration; empty: they can."""
+    obstacle = _obstacle(config, our_code=our_code)
+    if obstacle:
+        return obstacle
     if config.dtype not in ("auto", "float32"):
         return f"worker.dtype is {config.dtype}, and they compute in float32"
     if config.block_size % _CPU_BLOCK_STEP:
@@ -88,23 +98,24 @@ def _in_c(config: WorkerConfig, file: ConfigFile, backend: Backend) -> Numbers:
 
 
 def _dense(config: WorkerConfig, file: ConfigFile, device: torch.device, backend: Backend, obstacle: str) -> Numbers:
-    """Weights in the activations' own format."""
-    if config.weights in ("int8", "int4"):
+    """Weights in the activations' own format, or quantized for the Triton kernels."""
+    quantized = config.weights if config.weights in ("int8", "int4") else None
+    if quantized and backend.kind != "triton":
         raise ConfigError(
-            f"worker.weights {config.weights} needs our CPU kernels, and {obstacle}: set it to auto, or change that",
+            f"worker.weights {config.weights} needs our own kernels, and {obstacle}: set it to auto, or change that",
             field="worker.weights",
         )
     name: str = config.dtype
-    if name == "auto":
+    if name == "auto" and not quantized:
         name = config.weights
     if name == "auto":
         # Most CPUs have no fast 16-bit arithmetic.
         name = read_dtype(file) if device.type == "cuda" else "float32"
-    if config.weights not in ("auto", name):
+    if not quantized and config.weights not in ("auto", name):
         raise ConfigError(
-            f"worker.weights is {config.weights} and worker.dtype is {name}: only our CPU kernels take weights of "
-            f"another format than the activations', and {obstacle}; set one of them to auto",
+            f"worker.weights is {config.weights} and worker.dtype is {name}: only our CPU kernels take such weights "
+            "beside activations of another format; set one of them to auto",
             field="worker.weights",
         )
     kv_dtype = _DTYPES[name if config.kv_cache_dtype == "auto" else config.kv_cache_dtype]
-    return Numbers(backend=backend, dtype=_DTYPES[name], weights=name, kv_dtype=kv_dtype)
+    return Numbers(backend=backend, dtype=_DTYPES[name], weights=quantized or name, kv_dtype=kv_dtype)

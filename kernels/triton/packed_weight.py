@@ -85,6 +85,14 @@ def pack(weight_OI: Tensor, format: Literal["int8", "int4"], *, group_size: int 
     return _packed("int4", weight_OI, group_size, values_OC, scales_OK, zeros_OK.to(torch.uint8))
 
 
+def num_bytes(format: Literal["int8", "int4"], out_features: int, in_features: int) -> int:
+    """Of a packed matrix with groups of the largest size."""
+    if format == "int8":
+        return out_features * (in_features + 4)
+    num_groups = -(-in_features // MAX_GROUP_SIZE)
+    return out_features * num_groups * (MAX_GROUP_SIZE // 2 + 4 + 1)
+
+
 def unpack(weight: PackedWeight) -> Tensor:
     """float32 (O, I): what the kernels compute with."""
     return weight.rows(torch.arange(weight.out_features, device=weight.values.device))

@@ -14,6 +14,7 @@ from triton_setup import DEVICE
 from cluster import kernels
 from cluster.core.request import SamplingParams
 from cluster.core.step import NewSequence, SampledToken, ScheduledSequence, StepInput, StepOutput
+from cluster.kernels.triton.packed_weight import PackedWeight, unpack
 from cluster.models.config import ConfigFile
 from cluster.models.loader import LoadOptions, ModelLoader
 from cluster.models.registry import Model
@@ -30,7 +31,7 @@ FAMILIES: dict[str, dict[str, Any]] = {
     "MistralForCausalLM": {"sliding_window": 6},
 }
 PROMPTS = [[5, 6, 7], [9] * 4 + [30, 31, 32, 33, 34], [200]]
-MAX_LEN, BLOCK_SIZE, NUM_STEPS = 48, 4, 7
+MAX_LEN, BLOCK_SIZE, NUM_STEPS = 48, 4, 5
 
 
 @pytest.fixture(autouse=True)
@@ -40,8 +41,8 @@ def torch_again() -> Iterator[None]:
     kernels.use(before)
 
 
-def load(checkpoint: Path, backend: kernels.Backend) -> Model:
-    options = LoadOptions(backend=backend, weights="float32", dtype=torch.float32, device=DEVICE)
+def load(checkpoint: Path, backend: kernels.Backend, weights: str = "float32") -> Model:
+    options = LoadOptions(backend=backend, weights=weights, dtype=torch.float32, device=DEVICE)
     return ModelLoader(checkpoint, ConfigFile.read(checkpoint / "config.json"), options).load()
 
 
@@ -53,7 +54,7 @@ def create_parts(model: Model) -> tuple[InputBatch, list[torch.Tensor]]:
         head_dim=model.head_dim,
         dtype=torch.float32,
     )
-    batch = InputBatch(max_num_seqs=4, max_model_len=MAX_LEN, block_size=BLOCK_SIZE)
+    batch = InputBatch(max_num_seqs=3, max_model_len=MAX_LEN, block_size=BLOCK_SIZE)
     return batch, shape.allocate(64, DEVICE)
 
 
@@ -101,29 +102,53 @@ def fake_capture(run: Callable[[], torch.Tensor]) -> tuple[Callable[[], Any], to
     return lambda: output.copy_(run()), output
 
 
-@pytest.mark.parametrize("architecture", FAMILIES)
-def test_models(architecture: str, tmp_path: Path) -> None:
-    checkpoint = create_checkpoint(tmp_path, architecture, **FAMILIES[architecture])
-    plain, triton = kernels.backend("torch"), kernels.backend("triton")
-    kernels.use(plain)
-    model = load(checkpoint, plain)
+def run_plain(model: Model) -> list[dict[int, SampledToken]]:
+    kernels.use(kernels.backend("torch"))
     runner = ModelRunner(model, *create_parts(model), dtype=torch.float32, device=DEVICE)
-    expected = [runner.launch(step)().sampled for step in create_steps()]
-    kernels.use(triton)
-    model = load(checkpoint, triton)
-    capture = CudaCapture(DEVICE) if DEVICE.type == "cuda" else fake_capture
-    ahead = CudaRunner(
+    return [runner.launch(step)().sampled for step in create_steps()]
+
+
+def run_triton(model: Model, backend: kernels.Backend) -> list[dict[int, SampledToken]]:
+    kernels.use(backend)
+    runner = CudaRunner(
         model,
         *create_parts(model),
-        max_num_seqs=4,
+        max_num_seqs=3,
         max_model_len=MAX_LEN,
         dtype=torch.float32,
         device=DEVICE,
-        capture=capture,
+        capture=CudaCapture(DEVICE) if DEVICE.type == "cuda" else fake_capture,
     )
-    outputs = run_ahead(ahead.launch)
+    return run_ahead(runner.launch)
+
+
+def assert_same(outputs: list[dict[int, SampledToken]], expected: list[dict[int, SampledToken]]) -> None:
     assert [len(sampled) for sampled in outputs] == [2, *[3] * (NUM_STEPS - 1)]
     for sampled, others in zip(outputs, expected, strict=True):
         for sequence_id, token in sampled.items():
             assert token.token_id == others[sequence_id].token_id
             assert token.logprob == pytest.approx(others[sequence_id].logprob, abs=2e-4)
+
+
+@pytest.mark.parametrize("architecture", FAMILIES)
+def test_models(architecture: str, tmp_path: Path) -> None:
+    checkpoint = create_checkpoint(tmp_path, architecture, **FAMILIES[architecture])
+    triton = kernels.backend("triton", batch_invariant=architecture != "LlamaForCausalLM")
+    expected = run_plain(load(checkpoint, kernels.backend("torch")))
+    assert_same(run_triton(load(checkpoint, triton), triton), expected)
+
+
+@pytest.mark.parametrize("weights", ["int8", "int4"])
+def test_quantized_weights(weights: str, tmp_path: Path) -> None:
+    """As a dense model whose weights are those that the quantized one computes with."""
+    checkpoint = create_checkpoint(tmp_path, "Qwen2ForCausalLM", tie_word_embeddings=True)
+    triton = kernels.backend("triton")
+    quantized, dense = load(checkpoint, triton, weights), load(checkpoint, kernels.backend("torch"))
+    formats = set()
+    for ours, plain in zip(quantized.modules(), dense.modules(), strict=True):
+        if isinstance(packed := getattr(ours, "weight", None), PackedWeight):
+            formats.add((packed.format, packed.out_features == dense.vocab_size))
+            assert (unpack(packed) - plain.weight).abs().mean() < 0.15 * plain.weight.abs().mean()
+            plain.weight = unpack(packed)
+    assert formats == {(weights, False), ("int8", True)}
+    assert_same(run_triton(quantized, triton), run_plain(dense))
