@@ -44,18 +44,22 @@ class LLM:
         *,
         device: Literal["auto", "cpu", "cuda"] = "auto",
         dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto",
+        weights: Literal["auto", "float32", "bfloat16", "int8", "int4"] = "auto",
+        kv_cache_dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto",
         max_num_seqs: int = 32,
         max_num_batched_tokens: int = 1024,
         max_model_len: int | None = None,
         kv_cache_bytes: int | None = None,
         num_threads: int | None = None,
         model_impl: Literal["auto", "cluster", "transformers"] = "auto",
+        load_format: Literal["auto", "dummy"] = "auto",
     ) -> None:
         """Loads the model.
 
         Args:
             model: "demo" (the embedded model), a Hugging Face directory, or a Hub id.
-            device, dtype, max_model_len, kv_cache_bytes, num_threads, model_impl: as in WorkerConfig.
+            device, dtype, weights, kv_cache_dtype, max_model_len, kv_cache_bytes, num_threads, model_impl, load_format:
+                as in WorkerConfig.
             max_num_seqs, max_num_batched_tokens: as in SchedulerConfig.
 
         Raises:
@@ -67,10 +71,13 @@ class LLM:
             worker = WorkerConfig(
                 device=device,
                 dtype=dtype,
+                weights=weights,
+                kv_cache_dtype=kv_cache_dtype,
                 kv_cache_bytes=kv_cache_bytes,
                 max_model_len=max_model_len,
                 num_threads=num_threads,
                 model_impl=model_impl,
+                load_format=load_format,
             )
             scheduler = SchedulerConfig(
                 max_num_seqs=max_num_seqs,

@@ -34,6 +34,7 @@ def create_engine(
     max_num_seqs: int = 8,
     max_num_batched_tokens: int = 1024,
     num_blocks: int | None = None,
+    prefix_cache: bool = True,
     **worker: Any,
 ) -> Engine:
     """An engine over a LocalExecutor: on one CPU thread, unless ``device`` says "cuda".
@@ -45,11 +46,12 @@ def create_engine(
     options: dict[str, Any] = {
         "device": "cpu",
         "num_threads": 1,
+        "weight_cache_dir": None,
         "kv_cache_bytes": 2**24 if num_blocks is None else num_blocks * block_bytes,
     } | worker
     executor = LocalExecutor(checkpoint, WorkerConfig(**options), max_num_seqs, max_num_batched_tokens)
     scheduler = SchedulerConfig(max_num_seqs=max_num_seqs, max_num_batched_tokens=max_num_batched_tokens)
-    return Engine(executor, EngineConfig(scheduler=scheduler))
+    return Engine(executor, EngineConfig(scheduler=scheduler, prefix_cache=prefix_cache))
 
 
 def run_engine(

@@ -16,6 +16,7 @@ from parity_runs import create_engine, create_prompts, run_engine
 from cluster.core.request import SamplingParams
 from cluster.core.step import NewSequence, ScheduledSequence, StepInput
 from cluster.errors import CheckpointError, ConfigError, EngineFault
+from cluster.kernels.cpu.library import library
 from cluster.worker.config import WorkerConfig
 from cluster.worker.kv_cache import KVCacheShape, check_weights_fit, count_blocks, kv_budget
 from cluster.worker.local_executor import LocalExecutor
@@ -73,13 +74,21 @@ class TestStart:
         assert (model.dtype, model.device) == ("float32", "cpu")
         assert model.num_blocks == 2**20 // SHAPE.block_bytes
         assert model.kv_capacity_tokens == 16 * model.num_blocks
-        assert model.backend == "cluster, torch kernels, float32 weights"
+        assert model.backend == f"cluster, {model.kernels} kernels, float32 weights"
+        assert (model.weights, model.kv_cache_dtype) == ("float32", "float32")
+        assert model.batch_invariant == model.kernels.startswith("cpu")
 
     def test_threads(self, checkpoint: Path):
         before = torch.get_num_threads()
         try:
-            create_executor(checkpoint, num_threads=2)
+            create_executor(checkpoint, num_threads=2, kernels="torch")
             assert torch.get_num_threads() == 2
+            compiled = library()
+            if compiled is not None:
+                create_executor(checkpoint, num_threads=2)
+                assert (compiled.num_threads(), torch.get_num_threads()) == (2, 1)
+                create_executor(checkpoint, num_threads=1)
+                assert (compiled.num_threads(), torch.get_num_threads()) == (1, 1)
         finally:
             torch.set_num_threads(before)
 
@@ -250,7 +259,7 @@ class TestSteps:
             executor.collect()
 
     def test_a_forward_pass_that_fails_is_an_engine_fault(self, checkpoint: Path):
-        executor = create_executor(checkpoint)
+        executor = create_executor(checkpoint, kernels="torch")
         executor.submit(create_step(new_block_ids=(10**6,)))
         with pytest.raises(EngineFault, match="the forward pass failed: IndexError"):
             executor.collect()
@@ -258,7 +267,7 @@ class TestSteps:
     def test_damaged_weights_are_an_engine_fault(self, tmp_path: Path):
         checkpoint = create_checkpoint(tmp_path)
         engine = create_engine(checkpoint)
-        engine._executor._runner._model.lm_head.weight.fill_(float("nan"))
+        engine._executor._runner._model.model.norm.weight.fill_(float("nan"))
         with pytest.raises(EngineFault, match="finite"):
             run_engine(engine, create_prompts((3,)))
 

@@ -1,5 +1,5 @@
-"""Our models against transformers in float32, on CPU and where there is one on a CUDA device: the same greedy tokens,
-the same log probabilities."""
+"""Our models against transformers in float32, with the C kernels, with torch's and where there is one on a CUDA device:
+the same greedy tokens, the same log probabilities."""
 
 from __future__ import annotations
 
@@ -15,12 +15,13 @@ from checkpoints import create_checkpoint
 from parity_runs import create_engine, create_prompts, distance, run_engine, run_transformers
 from safetensors.torch import load_file, save_file
 
-DEVICES = [
-    "cpu",
-    pytest.param(
-        "cuda", marks=[pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")]
-    ),
-]
+from cluster.kernels.cpu.library import library
+
+CUDA = pytest.param(
+    "cuda", marks=[pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")]
+)
+COMPILED = pytest.param("cpu", marks=pytest.mark.skipif(library() is None, reason="the C kernels are not compiled"))
+PLATFORMS = {"cpu": {"device": "cpu"}, "torch": {"device": "cpu", "kernels": "torch"}, "cuda": {"device": "cuda"}}
 LINEAR = {"rope_type": "linear", "rope_theta": 1e4, "factor": 3.0}
 LLAMA3 = {
     "rope_type": "llama3",
@@ -67,15 +68,17 @@ VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {
 }  # fmt: skip
 
 
-@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("platform", [COMPILED, "torch", CUDA])
 @pytest.mark.parametrize("variant", VARIANTS)
-def test_greedy_tokens_and_logprobs_equal_transformers(variant: str, device: str, tmp_path: Path):
+def test_greedy_tokens_and_logprobs_equal_transformers(variant: str, platform: str, tmp_path: Path):
     architecture, config = VARIANTS[variant]
     checkpoint = create_checkpoint(tmp_path, architecture, **config)
     prompts = create_prompts()
-    engine = create_engine(checkpoint, device=device, dtype="float32")
+    device = PLATFORMS[platform]["device"]
+    engine = create_engine(checkpoint, dtype="float32", **PLATFORMS[platform])
     assert engine.model.architecture == architecture
     assert engine.model.backend.startswith("cluster")
+    assert engine.model.kernels.startswith(platform if device == "cpu" else "triton")
     assert engine.model.device.startswith(device)
     apart = distance(run_transformers(checkpoint, prompts, device=device), run_engine(engine, prompts))
     assert apart.num_differing == 0
@@ -140,7 +143,7 @@ def test_the_parity_check_sees_a_small_fault(fault: str, tmp_path: Path):
     assert distance(run_transformers(original, prompts), run_engine(create_engine(damaged), prompts)).logprob > 1e-3
 
 
-@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("device", ["cpu", CUDA])
 @pytest.mark.parametrize(("dtype", "bound"), [("bfloat16", 0.5), ("float16", 0.08)])
 @pytest.mark.parametrize("architecture", ["LlamaForCausalLM", "Qwen3ForCausalLM"])
 def test_16_bit_runs_stay_near_float32(architecture: str, dtype: str, bound: float, device: str, tmp_path: Path):
@@ -155,10 +158,13 @@ def test_16_bit_runs_stay_near_float32(architecture: str, dtype: str, bound: flo
             assert abs(logprob - logprobs_V[token_id].item()) < bound
 
 
-def test_weights_are_converted_to_the_asked_dtype(tmp_path: Path):
+@pytest.mark.parametrize("platform", [COMPILED, "torch"])
+@pytest.mark.parametrize("weights", ["auto", "float32"])
+def test_a_bfloat16_checkpoint_is_computed_in_float32(platform: str, weights: str, tmp_path: Path):
     checkpoint = create_checkpoint(tmp_path, dtype=torch.bfloat16)
     prompts = create_prompts()
-    engine = create_engine(checkpoint, dtype="float32")
+    engine = create_engine(checkpoint, weights=weights, kv_cache_dtype="float32", **PLATFORMS[platform])
+    assert engine.model.weights == ("bfloat16" if (platform, weights) == ("cpu", "auto") else "float32")
     apart = distance(run_transformers(checkpoint, prompts, torch.float32), run_engine(engine, prompts))
     assert apart.num_differing == 0
     assert apart.logprob <= 1e-4
