@@ -169,6 +169,9 @@ class BlockManager:
         Args:
             block_hashes: of its blocks from the first on, the same in every call and more as it grows; those beyond the
                 computed tokens are passed over.
+
+        Raises:
+            KeyError: the request holds no blocks.
         """
         table = self._tables[request_id]
         num_full = min(num_computed_tokens // self.block_size, len(block_hashes), len(table.block_ids))
