@@ -154,6 +154,9 @@ class Request:
         priority: class.
         arrival: when it came in.
         deadline: when it is worthless, or None.
+        block_hashes: of its prompt's full blocks (``core.block_hash``), by which their KV is found and shared; empty:
+            nothing is shared.
+        group: requests with the same number in one ``Scheduler.add`` have the same prompt: the first computes it.
     """
 
     request_id: int
@@ -162,3 +165,5 @@ class Request:
     priority: Priority = Priority.P1
     arrival: float = 0.0
     deadline: float | None = None
+    block_hashes: tuple[bytes, ...] = ()
+    group: int | None = None

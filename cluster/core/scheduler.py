@@ -2,40 +2,32 @@
 
 from __future__ import annotations
 
-import bisect
-from collections.abc import Collection
-from dataclasses import dataclass
-from operator import attrgetter
+from collections import deque
+from collections.abc import Collection, Mapping, Sequence
+from types import MappingProxyType
 
 from cluster.core.block_manager import BlockManager
+from cluster.core.class_policy import ClassPolicy
 from cluster.core.config import SchedulerConfig
 from cluster.core.deadline_queue import DeadlineQueue
+from cluster.core.parking import Parking
 from cluster.core.request import FinishReason, Priority, Request
+from cluster.core.running_batch import RunningBatch
+from cluster.core.schedule import Schedule, StepPlan
+from cluster.core.sibling_group import SiblingGroup
 from cluster.core.step import ScheduledSequence
+from cluster.core.step_budget import StepBudget
 from cluster.core.tracked_request import TrackedRequest
 from cluster.core.waiting_queue import WaitingQueue
 from cluster.errors import InvalidRequest, Overloaded
 
-_URGENCY_KEY = attrgetter("urgency_key")
+__all__ = ["Schedule", "Scheduler"]
 
+_CLASSES = tuple(Priority)
+_NO_HASHES: Mapping[int, Sequence[bytes]] = MappingProxyType({})
 
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Schedule:
-    """One step's plan.
-
-    Attributes:
-        scheduled: the sequences' shares; empty when there is nothing to run now.
-        started: ids in ``scheduled`` that the worker does not hold: they travel whole.
-        dropped: ids whose state the worker forgets before this step. They wait for a plan that is not empty.
-        preempted: ids that lost their blocks to others; they start over later.
-        expired: ids that ended because their deadline passed.
-    """
-
-    scheduled: tuple[ScheduledSequence, ...]
-    started: tuple[int, ...]
-    dropped: tuple[int, ...]
-    preempted: tuple[int, ...]
-    expired: tuple[int, ...]
+# Running requests that miss more than one token, by class, oldest first.
+_Prompts = tuple[deque[TrackedRequest], ...]
 
 
 class Scheduler:
@@ -44,13 +36,18 @@ class Scheduler:
     There is no prefill or decode phase. Every request has tokens, some of which are computed; a step computes more of
     them, and where it reaches the last one it samples one more (``TrackedRequest`` draws it).
 
-    - **Step**: first the running requests that miss one token, most urgent first, then the running ones that miss more
-      (prompts in chunks), then waiting ones in ``WaitingQueue``'s order, as far as ``max_num_batched_tokens`` and
-      ``max_num_seqs`` go. A waiting request whose blocks are not free is not overtaken.
-    - **Blocks**: a request takes the blocks of all its known tokens when it starts, and one more whenever it grows out
-      of them. When none is free, the running request of the lowest class that arrived last is preempted: it gives up
-      its blocks, keeps what it sampled, and starts over later from prompt and samples together. Since ``add`` refuses
-      what the whole pool cannot hold, the most urgent request always gets on.
+    - **Step**: every running request that misses one token gets it. What ``StepBudget`` leaves goes to those that miss
+      more, prompts in chunks, and to those that wait, as far as ``max_num_seqs`` goes. ``ClassPolicy`` says whose turn
+      it is; within a class the running come first, then the oldest. Who waits and finds no blocks is overtaken by more
+      urgent classes alone, and once its class is overdue by nobody.
+    - **Blocks**: a request takes the blocks of all its known tokens when it starts, shared ones where the prefix cache
+      or a sibling has them (``BlockManager``, ``SiblingGroup``), and one more whenever it grows out of them.
+    - **Preemption**: when no block is free to grow, the running request of the lowest class that arrived last loses its
+      place. Since ``add`` refuses what the whole pool cannot hold, the most urgent request always gets on. A P0 that
+      finds no room takes it, at once, from the lowest class that holds more than its share of it; but not from one that
+      was started before more urgent ones or after a preemption because its class is within its share of the work, so
+      everybody gets to an end. Who loses its place keeps what it sampled, and its place in the queue. Its KV is parked
+      in host memory or computed again (``Parking``).
     - **Planning ahead**: ``schedule`` may come again before ``update``; a token that is still being sampled counts as a
       placeholder. The ``update``s follow in the order of the plans. A preempted request waits until its samples under
       way are in. Steps run in order on the device, so a plan may give away blocks that an earlier one still writes.
@@ -60,18 +57,20 @@ class Scheduler:
     Pure: ``now`` is any monotonic clock in seconds, the one of the requests' times. Not thread-safe.
 
     Args:
-        config: limits of the batch and of the queue.
+        config: limits of the batch and of the queue, and the classes.
         block_manager: of the pool; nobody else takes blocks from it.
+        block_bytes: of one block, all layers; 0: the worker cannot park blocks.
     """
 
-    def __init__(self, config: SchedulerConfig, block_manager: BlockManager) -> None:
+    def __init__(self, config: SchedulerConfig, block_manager: BlockManager, *, block_bytes: int = 0) -> None:
         self._config = config
         self._blocks = block_manager
+        self._policy = ClassPolicy(config.classes, burst_tokens=config.max_num_batched_tokens)
+        self._budget = StepBudget(config, min_prefill_tokens=block_manager.block_size)
         self._live: dict[int, TrackedRequest] = {}
         self._waiting = WaitingQueue()
-        self._running: list[TrackedRequest] = []  # most urgent first
+        self._running = RunningBatch(config.max_num_seqs, block_manager, Parking(config.park_bytes, block_bytes))
         self._deadlines = DeadlineQueue()
-        self._dropped: list[int] = []
         self._num_added = 0
         self._num_queued_tokens = 0
         self._num_preemptions = 0
@@ -82,7 +81,7 @@ class Scheduler:
 
     @property
     def num_waiting(self) -> int:
-        """All that do not run, those that wait for their samples under way included."""
+        """All that do not run, those that wait for their samples under way or for a sibling included."""
         return len(self._live) - len(self._running)
 
     @property
@@ -115,11 +114,14 @@ class Scheduler:
                 f"{self.num_waiting} sequences wait here and {len(requests)} more came; at most "
                 f"{self._config.max_num_waiting} may wait"
             )
+        groups: dict[int, SiblingGroup] = {}
         for request in requests:
-            tracked = TrackedRequest(request, self._num_added)
+            group = None if request.group is None else groups.setdefault(request.group, SiblingGroup())
+            tracked = TrackedRequest(request, self._num_added, group)
             self._num_added += 1
             self._live[request.request_id] = tracked
-            self._waiting.push(tracked)
+            if group is None or group.add(tracked):
+                self._waiting.push(tracked)
             self._num_queued_tokens += tracked.num_missing_tokens
             if request.deadline is not None:
                 self._deadlines.add(request.request_id, request.deadline)
@@ -136,74 +138,73 @@ class Scheduler:
         expired = self._deadlines.pop_expired(now)
         for request_id in expired:
             self._end(self._live[request_id])
-        scheduled: list[ScheduledSequence] = []
-        budget = self._config.max_num_batched_tokens
-        partial, preempted = self._grow_running(scheduled, budget)
-        budget -= len(scheduled)
-        for tracked in partial:
-            if budget == 0:
-                break
-            budget -= self._advance(tracked, budget, (), scheduled)
-        # Whoever was just preempted would take back the blocks that others lacked.
-        started = [] if preempted else self._admit_waiting(scheduled, budget, now)
-        dropped: list[int] = []
-        if scheduled:
-            dropped, self._dropped = self._dropped, []
-        return Schedule(
-            scheduled=tuple(scheduled),
-            started=tuple(started),
-            dropped=tuple(dropped),
-            preempted=tuple(preempted),
-            expired=tuple(expired),
-        )
+        plan = StepPlan()
+        decoding: list[TrackedRequest] = []
+        prompts: _Prompts = tuple(deque() for _ in _CLASSES)
+        for tracked in self._running:
+            if tracked.num_tokens - tracked.num_computed_tokens > 1:
+                prompts[tracked.request.priority].append(tracked)
+            elif tracked.num_tokens < tracked.max_num_tokens:
+                decoding.append(tracked)
+        waiting = self._heads(prompts).keys()
+        budget = self._budget.num_prefill_tokens(len(decoding), (t.num_computed_tokens for t in decoding))
+        budget = self._admit_urgent(plan, prompts, budget, waiting)
+        budget += len(decoding) - self._decode(plan, decoding, waiting)
+        self._prefill(plan, prompts, budget, waiting)
+        for tracked in self._running.commit():
+            self._waiting.push(tracked)
+        if plan.scheduled:
+            self._running.tell(plan)
+        return plan.finish(expired)
 
-    def update(self, schedule: Schedule, stopped: Collection[int]) -> list[tuple[int, FinishReason]]:
+    def update(
+        self,
+        schedule: Schedule,
+        stopped: Collection[int],
+        *,
+        block_hashes: Mapping[int, Sequence[bytes]] = _NO_HASHES,
+        duration_s: float | None = None,
+        parking_s: float = 0.0,
+    ) -> list[tuple[int, FinishReason]]:
         """Takes in a step's result: every live sequence that was to sample has one token more.
 
         Args:
             schedule: the plan that was run, the oldest not yet taken in.
             stopped: ids whose sampled token ends them.
+            block_hashes: of blocks that sampled tokens have filled, by request; they continue the request's own.
+            duration_s: how long the step took, counted from the end of the one before it where that was under way.
+            parking_s: how much of that went into ``parked`` and ``resumed``.
 
         Returns:
             The requests that ended with this step, and why.
         """
+        if duration_s is not None:
+            self._budget.observe(schedule, duration_s - parking_s)
+            self._running.observe(schedule, duration_s - parking_s, parking_s)
+        for request_id, hashes in block_hashes.items():
+            tracked = self._live.get(request_id)
+            if tracked is not None:
+                self._running.add_hashes(tracked, hashes)
         finished: list[tuple[int, FinishReason]] = []
         for share in schedule.scheduled:
             tracked = self._live.get(share.sequence_id)
             if tracked is None or not share.samples:
                 continue
             tracked.num_placeholders -= 1
-            tracked.num_output_tokens += 1
             if share.sequence_id in stopped:
                 finished.append((share.sequence_id, FinishReason.STOP))
                 self._end(tracked)
-            elif tracked.num_output_tokens == tracked.request.max_tokens:
-                finished.append((share.sequence_id, FinishReason.LENGTH))
-                self._end(tracked)
-            elif not tracked.running and tracked.num_placeholders == 0:
-                self._waiting.push(tracked)
+            elif tracked.num_placeholders == 0:
+                if tracked.num_tokens == tracked.max_num_tokens:
+                    finished.append((share.sequence_id, FinishReason.LENGTH))
+                    self._end(tracked)
+                elif not tracked.running:
+                    self._waiting.push(tracked)
         return finished
 
     def check_integrity(self) -> None:
         """Raises RuntimeError where the books do not balance. Costs O(requests + blocks)."""
-        self._blocks.check_integrity()
-        if self._running != sorted(self._running, key=_URGENCY_KEY) or not all(t.running for t in self._running):
-            raise RuntimeError("the running batch is out of order")
-        num_held = 0
-        for request_id, tracked in self._live.items():
-            num_blocks = len(self._blocks.block_table(request_id))
-            num_held += num_blocks
-            if (
-                tracked.running != (num_blocks > 0)
-                or tracked.num_computed_tokens > num_blocks * self._blocks.block_size
-            ):
-                raise RuntimeError(
-                    f"request {request_id} has {tracked.num_computed_tokens} computed tokens in {num_blocks} blocks"
-                )
-        if num_held + self._blocks.num_free_blocks != self._blocks.num_blocks:
-            raise RuntimeError(
-                f"{num_held} of {self._blocks.num_blocks} blocks are held by live requests, not all others are free"
-            )
+        self._running.check_integrity(self._live.values())
         if self._num_queued_tokens != sum(tracked.num_missing_tokens for tracked in self._live.values()):
             raise RuntimeError(f"{self._num_queued_tokens} queued tokens were counted, and they are not there")
 
@@ -224,85 +225,141 @@ class Scheduler:
                 field="sampling.max_tokens",
             )
 
-    def _grow_running(self, scheduled: list[ScheduledSequence], budget: int) -> tuple[list[TrackedRequest], list[int]]:
-        """Schedules running requests that miss one token; returns those that miss more, and who was preempted.
+    def _heads(self, prompts: _Prompts, limit: int = len(_CLASSES)) -> dict[Priority, TrackedRequest]:
+        """Who is next in each class; those that wait only of the ``limit`` most urgent classes."""
+        heads: dict[Priority, TrackedRequest] = {}
+        for priority in _CLASSES:
+            running = prompts[priority]
+            while running and not running[0].running:  # preempted in this plan
+                running.popleft()
+            head = running[0] if running else self._waiting.head(priority) if priority < limit else None
+            if head is not None:
+                heads[priority] = head
+        return heads
 
-        The batch is walked from its most urgent end and preempted from the other, so nobody loses blocks after his
-        share of this step is booked. Those that miss more have their blocks since they started.
+    def _pick(self, heads: Mapping[Priority, TrackedRequest]) -> Priority:
+        return self._policy.pick({priority: head.request.arrival for priority, head in heads.items()})
+
+    def _admit_urgent(self, plan: StepPlan, prompts: _Prompts, budget: int, waiting: Collection[Priority]) -> int:
+        """Starts P0s whose turn it is, in the place of others if need be; returns what is left of the budget.
+
+        This comes before all else in a step, so that nobody loses his place after his share of the step is booked.
         """
-        partial: list[TrackedRequest] = []
-        preempted: list[int] = []
-        index = 0
-        while index < len(self._running):
-            tracked = self._running[index]
-            index += 1
-            num_missing_tokens = tracked.num_missing_tokens
-            if num_missing_tokens > 1:
-                partial.append(tracked)
-            elif budget > 0 and not tracked.is_sampled_out:
-                new_blocks = self._allocate(tracked, preempted)
-                if new_blocks is not None:
-                    budget -= self._advance(tracked, 1, new_blocks, scheduled)
-        return partial, preempted
-
-    def _allocate(self, tracked: TrackedRequest, preempted: list[int]) -> tuple[int, ...] | None:
-        """Blocks for all tokens of a running request, taken from the least urgent if need be; None: that is itself."""
-        while True:
-            new_blocks = self._blocks.allocate(tracked.request.request_id, tracked.num_tokens)
-            if new_blocks is not None:
-                return new_blocks
-            victim = self._running[-1]
-            self._preempt(victim)
-            preempted.append(victim.request.request_id)
-            if victim is tracked:
-                return None
-
-    def _admit_waiting(self, scheduled: list[ScheduledSequence], budget: int, now: float) -> list[int]:
-        started: list[int] = []
-        while budget > 0 and len(self._running) < self._config.max_num_seqs:
-            tracked = self._waiting.peek(now)
+        while budget > 0:
+            tracked = self._waiting.head(Priority.P0)
             if tracked is None:
                 break
-            request_id = tracked.request.request_id
-            # Those that run grow into new blocks soon: without one spare for each, whoever starts now would be
-            # preempted before its prompt has paid off.
-            new_blocks = self._blocks.allocate(request_id, tracked.num_tokens, num_spare_blocks=len(self._running))
-            if new_blocks is None:
+            heads = self._heads(prompts)
+            if heads[Priority.P0] is not tracked or self._pick(heads) is not Priority.P0:
                 break
-            if self._waiting.admit(tracked, now):
-                tracked.priority = Priority.P0
-            tracked.running = True
-            bisect.insort(self._running, tracked, key=_URGENCY_KEY)
-            started.append(request_id)
-            budget -= self._advance(tracked, budget, new_blocks, scheduled)
-        return started
+            blocks = self._start(plan, tracked)
+            if blocks is not None:
+                budget -= self._compute(plan, tracked, budget, blocks, waiting)
+            elif victims := self._running.victims(tracked, self._policy.share):
+                self._preempt(plan, victims[0])
+            else:
+                break
+        return budget
 
-    def _advance(
-        self, tracked: TrackedRequest, budget: int, new_blocks: tuple[int, ...], scheduled: list[ScheduledSequence]
-    ) -> int:
-        """Books a share of this step of at most ``budget`` tokens; returns its size."""
+    def _decode(self, plan: StepPlan, decoding: Sequence[TrackedRequest], waiting: Collection[Priority]) -> int:
+        """Books the next token of all that miss one, most urgent first, and preempts from the other end; returns of how
+        many."""
+        counts = [0] * len(_CLASSES)
+        for tracked in decoding:
+            if not tracked.running:
+                continue
+            blocks: tuple[int, ...] = ()
+            if tracked.num_tokens > tracked.num_block_tokens:
+                grown = self._grow(plan, tracked)
+                if grown is None:
+                    continue
+                blocks = grown
+            counts[tracked.request.priority] += 1
+            self._advance(plan, tracked, 1, blocks)
+        for priority in _CLASSES:
+            if counts[priority]:
+                self._policy.charge(priority, counts[priority], waiting)
+        return sum(counts)
+
+    def _prefill(self, plan: StepPlan, prompts: _Prompts, budget: int, waiting: Collection[Priority]) -> None:
+        """Books prompts of those that run and of those that wait, by the classes' turns."""
+        # Whoever was just preempted would take back the place that others lacked.
+        limit = 0 if plan.preempted else len(_CLASSES)
+        while budget > 0:
+            if self._running.is_full:
+                limit = 0
+            heads = self._heads(prompts, limit)
+            if not heads:
+                break
+            priority = self._pick(heads)
+            tracked = heads[priority]
+            blocks: tuple[int, ...] | None = ()
+            if tracked.running:
+                prompts[priority].popleft()
+            else:
+                blocks = self._start(plan, tracked, out_of_turn=min(heads) < priority)
+            if blocks is None:
+                limit = 0 if self._policy.is_overdue(priority) else priority
+            else:
+                budget -= self._compute(plan, tracked, budget, blocks, waiting)
+
+    def _start(self, plan: StepPlan, tracked: TrackedRequest, *, out_of_turn: bool = False) -> tuple[int, ...] | None:
+        """Moves a request from the queue to the batch; its blocks, or None where there is no room for it."""
+        within_share = self._policy.is_within_share(tracked.request.priority)
         num_missing_tokens = tracked.num_missing_tokens
-        num_new_tokens = min(num_missing_tokens, budget)
-        samples = num_new_tokens == num_missing_tokens
-        scheduled.append(
+        is_shielded = out_of_turn or (tracked.was_preempted and within_share)
+        blocks = self._running.start(plan, tracked, is_shielded=is_shielded)
+        if blocks is not None:
+            self._waiting.remove(tracked)
+            self._num_queued_tokens += tracked.num_missing_tokens - num_missing_tokens
+        return blocks
+
+    def _grow(self, plan: StepPlan, tracked: TrackedRequest) -> tuple[int, ...] | None:
+        """Blocks for all tokens of a running request, taken from the least urgent if need be; None: that is itself."""
+        while (blocks := self._running.grow(tracked)) is None:
+            victim = self._running.least_urgent
+            self._preempt(plan, victim)
+            if victim is tracked:
+                break
+        return blocks
+
+    def _compute(
+        self,
+        plan: StepPlan,
+        tracked: TrackedRequest,
+        budget: int,
+        blocks: tuple[int, ...],
+        waiting: Collection[Priority],
+    ) -> int:
+        """Books as much of a prompt as the budget holds, and its class pays; returns how much."""
+        num_new_tokens = min(tracked.num_missing_tokens, budget)
+        self._advance(plan, tracked, num_new_tokens, blocks)
+        self._policy.charge(tracked.request.priority, num_new_tokens, waiting)
+        return num_new_tokens
+
+    def _advance(self, plan: StepPlan, tracked: TrackedRequest, num_new_tokens: int, blocks: tuple[int, ...]) -> None:
+        """Books a share of this step."""
+        num_computed_tokens = tracked.num_computed_tokens
+        samples = num_computed_tokens + num_new_tokens == tracked.num_tokens
+        plan.scheduled.append(
             ScheduledSequence(
                 sequence_id=tracked.request.request_id,
-                num_computed_tokens=tracked.num_computed_tokens,
+                num_computed_tokens=num_computed_tokens,
                 num_new_tokens=num_new_tokens,
-                new_block_ids=new_blocks,
+                new_block_ids=blocks,
                 samples=samples,
             )
         )
-        tracked.num_computed_tokens += num_new_tokens
+        tracked.num_computed_tokens = num_computed_tokens + num_new_tokens
         tracked.num_placeholders += samples
+        tracked.num_tokens += samples
         self._num_queued_tokens += samples - num_new_tokens
-        return num_new_tokens
 
-    def _preempt(self, tracked: TrackedRequest) -> None:
-        self._stop_running(tracked)
+    def _preempt(self, plan: StepPlan, tracked: TrackedRequest) -> None:
+        num_missing_tokens = tracked.num_missing_tokens
+        self._running.preempt(plan, tracked)
         self._num_preemptions += 1
-        self._num_queued_tokens += tracked.num_computed_tokens
-        tracked.num_computed_tokens = 0
+        self._num_queued_tokens += tracked.num_missing_tokens - num_missing_tokens
         if tracked.num_placeholders == 0:
             self._waiting.push(tracked)
 
@@ -312,12 +369,11 @@ class Scheduler:
         self._deadlines.discard(request_id)
         self._num_queued_tokens -= tracked.num_missing_tokens
         if tracked.running:
-            self._stop_running(tracked)
+            self._running.stop(tracked)
         else:
             self._waiting.remove(tracked)
-
-    def _stop_running(self, tracked: TrackedRequest) -> None:
-        del self._running[bisect.bisect_left(self._running, tracked.urgency_key, key=_URGENCY_KEY)]
-        tracked.running = False
-        self._blocks.free(tracked.request.request_id)
-        self._dropped.append(tracked.request.request_id)
+            self._running.unpark(tracked)
+        if tracked.group is not None:
+            successor = tracked.group.ended(tracked)
+            if successor is not None:
+                self._waiting.push(successor)

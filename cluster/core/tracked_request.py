@@ -3,49 +3,60 @@
 from __future__ import annotations
 
 from cluster.core.request import Priority, Request
+from cluster.core.sibling_group import SiblingGroup
 
 
 class TrackedRequest:
     """Counters of one request that has not ended; the scheduler alone changes them.
 
         prompt                          sampled      placeholders
-        [0 ........ num_prompt_tokens)  [.........)  [..........)
+        [0 ........ num_prompt_tokens)  [.........)  [.. num_tokens)
         [0 ..... num_computed_tokens)   <- computed, or in a step under way
 
     Attributes:
         request: as it came in.
         order: how many requests came before it; tells equal arrivals apart.
-        priority: its class; P0 once it has been admitted out of turn for its age, so that it is not preempted for those
-            it was let past.
-        num_computed_tokens: of its tokens, those with a KV entry, now or after the steps under way.
-        num_output_tokens: sampled, and known to be.
+        group: it and its siblings, where it has any.
+        block_hashes: of its full blocks, as far as they are known.
+        num_tokens: prompt, sampled and placeholders.
+        max_num_tokens: with the last token that it may have.
         num_placeholders: being sampled by steps under way.
+        num_computed_tokens: of its tokens, those with a KV entry in its blocks or in host memory, now or after the
+            steps under way.
+        num_block_tokens: how many fit in its blocks.
         running: in the batch: it holds blocks, and the worker holds its state.
+        was_preempted: ever.
+        is_shielded: it runs for its class's share, so more urgent classes do not preempt it.
     """
 
     __slots__ = (
+        "block_hashes",
+        "group",
+        "is_shielded",
+        "max_num_tokens",
+        "num_block_tokens",
         "num_computed_tokens",
-        "num_output_tokens",
         "num_placeholders",
+        "num_tokens",
         "order",
-        "priority",
         "request",
         "running",
+        "was_preempted",
     )
 
-    def __init__(self, request: Request, order: int) -> None:
+    def __init__(self, request: Request, order: int, group: SiblingGroup | None = None) -> None:
         self.request = request
         self.order = order
-        self.priority = request.priority
-        self.num_computed_tokens = 0
-        self.num_output_tokens = 0
+        self.group = group
+        self.block_hashes = list(request.block_hashes)
+        self.num_tokens = request.num_prompt_tokens
+        self.max_num_tokens = request.num_prompt_tokens + request.max_tokens
         self.num_placeholders = 0
+        self.num_computed_tokens = 0
+        self.num_block_tokens = 0
         self.running = False
-
-    @property
-    def num_tokens(self) -> int:
-        """Prompt, sampled and placeholders."""
-        return self.request.num_prompt_tokens + self.num_output_tokens + self.num_placeholders
+        self.was_preempted = False
+        self.is_shielded = False
 
     @property
     def num_missing_tokens(self) -> int:
@@ -53,9 +64,8 @@ class TrackedRequest:
         return self.num_tokens - self.num_computed_tokens
 
     @property
-    def is_sampled_out(self) -> bool:
-        """Whether the last token it may have is sampled or being sampled."""
-        return self.num_output_tokens + self.num_placeholders >= self.request.max_tokens
+    def has_computed_prompt(self) -> bool:
+        return self.num_computed_tokens >= self.request.num_prompt_tokens
 
     @property
     def age_key(self) -> tuple[float, int]:
@@ -65,4 +75,4 @@ class TrackedRequest:
     @property
     def urgency_key(self) -> tuple[Priority, float, int]:
         """Sorts by class, then arrival; the greatest is preempted first."""
-        return self.priority, self.request.arrival, self.order
+        return Priority.P0 if self.is_shielded else self.request.priority, self.request.arrival, self.order

@@ -60,21 +60,21 @@ def test_a_long_prompt_goes_in_chunks_and_samples_only_at_its_end():
 
 def test_decodes_come_first_then_partial_prompts_then_those_that_wait():
     harness = SchedulerHarness(num_blocks=40, max_num_batched_tokens=8)
+    long = harness.add(num_prompt_tokens=14, max_tokens=9)
     decoding = harness.add(num_prompt_tokens=2, max_tokens=9)
-    long = harness.add(num_prompt_tokens=14, max_tokens=2, priority=P0)
     assert shares(harness.schedule()) == {long: 8}
     harness.update()
     assert list(shares(harness.schedule()).items()) == [(long, 6), (decoding, 2)]
     harness.update()
-    waiting = harness.add(num_prompt_tokens=20, max_tokens=2, priority=P0)
-    assert list(shares(harness.schedule()).items()) == [(long, 1), (decoding, 1), (waiting, 6)]
+    partial = harness.add(num_prompt_tokens=20, max_tokens=2)
+    assert list(shares(harness.schedule()).items()) == [(long, 1), (decoding, 1), (partial, 6)]
     harness.update()
-    urgent = harness.add(num_prompt_tokens=3, max_tokens=2, priority=P0)
-    assert list(shares(harness.schedule()).items()) == [(decoding, 1), (waiting, 7)]
-    harness.update()
-    assert list(shares(harness.schedule()).items()) == [(decoding, 1), (waiting, 7)]
-    harness.update()
-    assert list(shares(harness.schedule()).items()) == [(waiting, 1), (decoding, 1), (urgent, 3)]
+    waiting = harness.add(num_prompt_tokens=3, max_tokens=2)
+    for num_chunk_tokens in (6, 6):
+        expected = [(long, 1), (decoding, 1), (partial, num_chunk_tokens)]
+        assert list(shares(harness.schedule()).items()) == expected
+        harness.update()
+    assert list(shares(harness.schedule()).items()) == [(long, 1), (decoding, 1), (partial, 2), (waiting, 3)]
     harness.update()
     harness.drain()
 

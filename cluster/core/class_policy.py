@@ -1,0 +1,91 @@
+"""Whose turn it is, by the classes' shares and latency targets."""
+
+from __future__ import annotations
+
+from collections.abc import Container, Mapping
+
+from cluster.core.config import ClassesConfig
+from cluster.core.request import Priority
+
+
+class ClassPolicy:
+    """Weighted fair queueing with borrowing, in tokens, over classes whose latency targets order what is due.
+
+    Every class has a *balance*: the tokens that it is owed, or has borrowed where it is negative. Service is the clock:
+    whenever a class is served ``n`` tokens, each class earns its share of ``n``, and the one served pays ``n``. Next is
+
+    1. a class that is owed ``burst_tokens`` or more: whoever waits gets there, whatever else comes;
+    2. else a class *within its share*, balance at least 0;
+    3. else the most urgent class: what nobody is owed goes there.
+
+    Among several of the first two kinds the earliest deadline goes first, arrival plus target. So a class within its
+    share is not touched by what others ask for beyond theirs, a class beyond its share gets all that is left over, and
+    each that waits gets its share at least, P3 too.
+
+    A balance stays within ``burst_tokens`` of 0, or the largest single charge: what was borrowed while nobody else
+    wanted it need not be paid back for ever. A class that does not wait earns up to 0: it pays its debts and saves
+    nothing up.
+
+    The order of lending is that of hierarchical token buckets (Devera, 2002), with service in place of time, so that it
+    holds at any speed. Pure, and not about any queue in particular: charges may be exact, or estimates put right by
+    ``refund``.
+
+    Args:
+        classes: shares and targets.
+        burst_tokens: how much a class may get at once before its share is looked at, about the largest charge.
+    """
+
+    def __init__(self, classes: ClassesConfig, *, burst_tokens: int) -> None:
+        by_priority = classes.by_priority()
+        self._shares = {priority: by_priority[priority].share for priority in Priority}
+        self._targets_s = {priority: by_priority[priority].target_s for priority in Priority}
+        self._burst_tokens = float(burst_tokens)
+        self._balances = dict.fromkeys(Priority, 0.0)
+
+    def share(self, priority: Priority) -> float:
+        """Its guaranteed part, in (0, 1]."""
+        return self._shares[priority]
+
+    def balance(self, priority: Priority) -> float:
+        """Tokens that the class is owed; negative: that it has borrowed."""
+        return self._balances[priority]
+
+    def is_within_share(self, priority: Priority) -> bool:
+        return self._balances[priority] >= 0.0
+
+    def is_overdue(self, priority: Priority) -> bool:
+        """Whether the class is owed so much that nobody else may go first."""
+        return self._balances[priority] >= self._burst_tokens
+
+    def pick(self, arrivals: Mapping[Priority, float]) -> Priority:
+        """Whose turn it is.
+
+        Args:
+            arrivals: when the first request of each class that waits came in, in seconds; one class at least.
+        """
+        if len(arrivals) == 1:
+            return next(iter(arrivals))
+        due = [priority for priority in arrivals if self.is_overdue(priority)]
+        due = due or [priority for priority in arrivals if self.is_within_share(priority)]
+        if due:
+            return min(due, key=lambda priority: (arrivals[priority] + self._targets_s[priority], priority))
+        return min(arrivals)
+
+    def charge(self, priority: Priority, num_tokens: int, waiting: Container[Priority]) -> None:
+        """Books service.
+
+        Args:
+            priority: the class that was served.
+            num_tokens: how much it got.
+            waiting: classes with requests that could have been served instead.
+        """
+        balances = self._balances
+        floor = -max(self._burst_tokens, num_tokens)
+        for each, share in self._shares.items():
+            limit = self._burst_tokens if each in waiting else 0.0
+            balances[each] = min(balances[each] + share * num_tokens, limit)
+        balances[priority] = max(balances[priority] - num_tokens, min(floor, balances[priority]))
+
+    def refund(self, priority: Priority, num_tokens: int) -> None:
+        """Gives back what a class was charged and did not get."""
+        self._balances[priority] = min(self._balances[priority] + num_tokens, self._burst_tokens)
