@@ -13,6 +13,8 @@ class EngineConfig:
 
     Attributes:
         scheduler: limits of the running batch.
+        prefix_cache: keep the KV of what has been computed while there is room, for prompts that begin alike.
     """
 
     scheduler: SchedulerConfig = field(default_factory=SchedulerConfig)
+    prefix_cache: bool = True

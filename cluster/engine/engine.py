@@ -2,18 +2,21 @@
 
 from __future__ import annotations
 
+import math
 import random
 import time
 from collections import deque
 from collections.abc import Callable
 from dataclasses import replace
 
+from cluster.core.block_hash import block_hashes
 from cluster.core.block_manager import BlockManager
 from cluster.core.request import Request
 from cluster.core.scheduler import Schedule, Scheduler
 from cluster.core.step import SampledToken, StepInput, StepOutput
 from cluster.engine.config import EngineConfig
 from cluster.engine.executor import Executor, ModelInfo
+from cluster.engine.hash_chain import HashChain
 from cluster.engine.sequence import Sequence
 from cluster.engine.submission import Delta, EngineLoad, Failure, StepEvents, Submission
 from cluster.errors import AlreadyExists, DeadlineExceeded, EngineFault, InvalidRequest
@@ -34,10 +37,12 @@ class Engine:
         self._executor = executor
         self._clock = clock
         self._blocks = BlockManager(executor.model.num_blocks, executor.model.block_size)
-        self._scheduler = Scheduler(config.scheduler, self._blocks)
+        self._scheduler = Scheduler(config.scheduler, self._blocks, block_bytes=executor.model.block_bytes)
         self._sequences: dict[int, Sequence] = {}
         self._candidates: dict[int, dict[int, int]] = {}  # submission id -> candidate index -> sequence id
-        self._in_flight: deque[Schedule] = deque()
+        self._has_prefix_cache = config.prefix_cache
+        self._in_flight: deque[tuple[Schedule, float]] = deque()  # with the time of submission
+        self._collected_at = -math.inf
         self._num_sequences = 0
         self._num_steps = 0
         self._seeds = random.SystemRandom()
@@ -84,6 +89,8 @@ class Engine:
         seed = self._seeds.getrandbits(64) if sampling.seed is None else sampling.seed
         sampling = replace(sampling, seed=seed, max_tokens=max_tokens)  # refuses min_tokens that do not fit there
         eos_token_ids = () if sampling.ignore_eos else self.model.eos_token_ids
+        block_size, salt = self.model.block_size, submission.cache_salt.encode()
+        hashes = block_hashes(submission.prompt_token_ids, block_size, salt) if self._has_prefix_cache else []
         sequences = [
             Sequence(
                 sequence_id=self._num_sequences + candidate_index,
@@ -92,6 +99,7 @@ class Engine:
                 prompt_token_ids=submission.prompt_token_ids,
                 sampling=sampling,
                 stop_token_ids=(*eos_token_ids, *sampling.stop_token_ids),
+                hash_chain=HashChain(block_size, salt, hashes) if self._has_prefix_cache else None,
             )
             for candidate_index in range(sampling.n)
         ]
@@ -105,6 +113,8 @@ class Engine:
                     priority=submission.priority,
                     arrival=arrival,
                     deadline=submission.deadline,
+                    block_hashes=tuple(hashes),
+                    group=sequences[0].sequence_id if sampling.n > 1 else None,
                 )
                 for sequence in sequences
             )
@@ -153,10 +163,15 @@ class Engine:
                 events.failures.extend(self._fail_expired(schedule))
                 if not schedule.scheduled:
                     break
-                self._executor.submit(self._step_input(schedule))
-                self._in_flight.append(schedule)
+                step = self._step_input(schedule)
+                self._in_flight.append((schedule, self._clock()))
+                self._executor.submit(step)
             if self._in_flight:
-                self._take_in(self._in_flight.popleft(), self._executor.collect(), events)
+                output = self._executor.collect()
+                schedule, submitted_at = self._in_flight.popleft()
+                # A step that was submitted while another ran began when that one ended.
+                began_at, self._collected_at = max(submitted_at, self._collected_at), self._clock()
+                self._take_in(schedule, output, self._collected_at - began_at, events)
         except EngineFault as fault:
             events.failures.extend(self._die(fault))
         return events
@@ -175,17 +190,27 @@ class Engine:
 
     def _step_input(self, schedule: Schedule) -> StepInput:
         step_id, self._num_steps = self._num_steps, self._num_steps + 1
+        for sequence_id, cached_tokens in zip(schedule.started, schedule.num_cached_tokens, strict=True):
+            sequence = self._sequences[sequence_id]
+            # Once: whoever comes back finds what it has computed itself, and siblings what the first of them has.
+            if sequence.cached_tokens is None:
+                for sibling_id in self._candidates[sequence.submission_id].values():
+                    self._sequences[sibling_id].cached_tokens = cached_tokens
         return StepInput(
             step_id=step_id,
             new=tuple(self._sequences[sequence_id].whole() for sequence_id in schedule.started),
             scheduled=schedule.scheduled,
             dropped=schedule.dropped,
+            parked=schedule.parked,
+            resumed=schedule.resumed,
+            copies=schedule.copies,
         )
 
-    def _take_in(self, schedule: Schedule, output: StepOutput, events: StepEvents) -> None:
+    def _take_in(self, schedule: Schedule, output: StepOutput, duration_s: float, events: StepEvents) -> None:
         stopped: set[int] = set()
         failed: dict[int, str] = {}  # by submission: a candidate's failure ends its siblings, and nobody else
         sampled: list[tuple[Sequence, SampledToken]] = []
+        filled: dict[int, list[bytes]] = {}  # hashes of the blocks that these tokens complete
         for share in schedule.scheduled:
             sequence = self._sequences.get(share.sequence_id)
             if not share.samples or sequence is None:  # None: it ended while this step was under way
@@ -199,11 +224,17 @@ class Engine:
                 raise EngineFault(f"step {output.step_id} came back without the token of sequence {share.sequence_id}")
             if sequence.append(token.token_id):
                 stopped.add(share.sequence_id)
+            elif sequence.hash_chain is not None and len(sequence.token_ids) % self.model.block_size == 0:
+                filled[share.sequence_id] = sequence.hash_chain.extend(sequence.token_ids)
             sampled.append((sequence, token))
         events.failures.extend(
             Failure(submission_id=submission_id, error=EngineFault(why)) for submission_id, why in failed.items()
         )
-        finished = dict(self._scheduler.update(schedule, stopped))
+        finished = dict(
+            self._scheduler.update(
+                schedule, stopped, block_hashes=filled, duration_s=duration_s, parking_s=output.parking_s
+            )
+        )
         for sequence_id in finished:
             self._forget(sequence_id)
         events.deltas.extend(
@@ -213,7 +244,9 @@ class Engine:
                 token_ids=[token.token_id],
                 logprobs=[] if sequence.sampling.logprobs is None else [token],
                 finish_reason=finished.get(sequence.sequence_id),
-                cached_tokens=0,
+                cached_tokens=(sequence.cached_tokens or 0)
+                if sequence.num_output_tokens == 1 or sequence.sequence_id in finished
+                else 0,
             )
             for sequence, token in sampled
             if sequence.submission_id not in failed

@@ -6,6 +6,7 @@ from collections.abc import Iterable
 
 from cluster.core.request import SamplingParams
 from cluster.core.step import NewSequence
+from cluster.engine.hash_chain import HashChain
 
 
 class Sequence:
@@ -14,10 +15,15 @@ class Sequence:
     Attributes:
         token_ids: prompt first; grows by one with every sample.
         stop_token_ids: ids that end it: end of text unless ignored, and the request's own.
+        hash_chain: of its blocks; None where prefixes are not cached.
+        cached_tokens: tokens of the prompt whose KV was found when it, or the first of its siblings, started; None:
+            that is still to come.
     """
 
     __slots__ = (
+        "cached_tokens",
         "candidate_index",
+        "hash_chain",
         "num_prompt_tokens",
         "sampling",
         "sequence_id",
@@ -35,6 +41,7 @@ class Sequence:
         prompt_token_ids: Iterable[int],
         sampling: SamplingParams,
         stop_token_ids: tuple[int, ...],
+        hash_chain: HashChain | None = None,
     ) -> None:
         self.sequence_id = sequence_id
         self.submission_id = submission_id
@@ -43,6 +50,8 @@ class Sequence:
         self.num_prompt_tokens = len(self.token_ids)
         self.sampling = sampling
         self.stop_token_ids = stop_token_ids
+        self.hash_chain = hash_chain
+        self.cached_tokens: int | None = None
 
     @property
     def num_output_tokens(self) -> int:

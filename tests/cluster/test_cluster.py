@@ -106,6 +106,18 @@ def test_tokens_are_those_of_the_model_in_process(client: Client, checkpoint: Pa
         assert "".join(chunk.text for chunk in chunks) == output.text
 
 
+def test_a_repeated_prompt_is_found_and_says_so(client: Client):
+    sampling = SamplingParams(max_tokens=8, temperature=0.0, ignore_eos=True)
+    prompt = "what comes again is computed once: " * 6
+    first, again, apart = (
+        client.generate(prompt, sampling, model="single", cache_salt=salt) for salt in ("tenant", "tenant", "other")
+    )
+    assert first.token_ids == again.token_ids == apart.token_ids
+    # All whole blocks of 16 but for the prompt's last token.
+    assert again.usage.cached_tokens == (first.usage.prompt_tokens - 1) // 16 * 16 > 0
+    assert first.usage.cached_tokens == apart.usage.cached_tokens == 0
+
+
 def test_two_replicas_share_the_load(client: Client):
     streams = [client.stream("abc", LONG, model="twin") for _ in range(6)]
     for stream in streams:

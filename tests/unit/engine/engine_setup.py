@@ -54,9 +54,14 @@ class Results:
 
 
 def create_engine(
-    executor: FakeExecutor | None = None, *, clock: Callable[[], float] | None = None, **limits: int
+    executor: FakeExecutor | None = None,
+    *,
+    clock: Callable[[], float] | None = None,
+    prefix_cache: bool = True,
+    **limits: int,
 ) -> Engine:
-    config = EngineConfig(scheduler=SchedulerConfig(**{"max_num_seqs": 4, "max_num_batched_tokens": 16, **limits}))
+    scheduler = SchedulerConfig(**{"max_num_seqs": 4, "max_num_batched_tokens": 16, **limits})
+    config = EngineConfig(scheduler=scheduler, prefix_cache=prefix_cache)
     return Engine(executor or FakeExecutor(), config, clock or Clock())
 
 
@@ -66,6 +71,7 @@ def create_submission(
     *,
     priority: Priority = Priority.P1,
     deadline: float | None = None,
+    cache_salt: str = "",
     **sampling: Any,
 ) -> Submission:
     return Submission(
@@ -74,6 +80,7 @@ def create_submission(
         sampling=SamplingParams(**{"max_tokens": 4, "seed": 1, **sampling}),
         priority=priority,
         deadline=deadline,
+        cache_salt=cache_salt,
     )
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -122,6 +123,8 @@ def test_candidates_differ_by_index_and_end_on_their_own():
 def test_candidates_of_a_step_come_together():
     engine = create_engine()
     engine.add(create_submission(n=3))
+    # The first computes the prompt, the others go on from there.
+    assert [delta.candidate_index for delta in engine.step().deltas] == [0]
     assert [delta.candidate_index for delta in engine.step().deltas] == [0, 1, 2]
 
 
@@ -131,7 +134,7 @@ def test_a_missing_seed_is_drawn_once_for_all_candidates():
     for submission_id in range(2):
         engine.add(create_submission(submission_id, seed=None, n=2))
     run(engine)
-    seeds = [new.sampling.seed for step in executor.steps for new in step.new]
+    seeds = {new.sequence_id: new.sampling.seed for step in executor.steps for new in step.new}
     assert seeds[0] == seeds[1] != seeds[2] == seeds[3]
 
 
@@ -179,7 +182,8 @@ def test_cancel_of_one_candidate_leaves_the_others():
     engine = create_engine()
     engine.add(create_submission(0, n=3))
     results = Results()
-    results.take(engine.step())
+    for _ in range(2):
+        results.take(engine.step())
     engine.cancel(0, 1)
     run(engine, results)
     assert [len(results.tokens(0, index)) for index in range(3)] == [4, 1, 4]
@@ -352,3 +356,28 @@ def test_load_follows_the_work():
     engine.step()
     load = engine.load()
     assert (load.running, load.waiting, load.free_blocks, load.queued_tokens) == (1, 2, 6, 14)
+
+
+@pytest.mark.parametrize("max_in_flight", [1, 3])
+def test_the_scheduler_hears_how_long_each_step_took(max_in_flight: int, monkeypatch: pytest.MonkeyPatch):
+    """From the end of the step before it, where that was still under way when it was submitted."""
+    clock = Clock()
+
+    class Slow(FakeExecutor):
+        def collect(self):
+            clock.now += 0.25
+            return replace(super().collect(), parking_s=0.125)
+
+    engine = create_engine(Slow(max_in_flight=max_in_flight), clock=clock)
+    update, heard = engine._scheduler.update, []
+
+    def listen(*args: Any, **kwargs: Any) -> Any:
+        heard.append((kwargs["duration_s"], kwargs["parking_s"]))
+        return update(*args, **kwargs)
+
+    monkeypatch.setattr(engine._scheduler, "update", listen)
+    for submission_id in range(2):
+        engine.add(create_submission(submission_id))
+        run(engine)
+        clock.now += 60.0  # nothing to do
+    assert heard == [(0.25, 0.125)] * 8
