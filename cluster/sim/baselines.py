@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from cluster.core.block_manager import BlockManager
 from cluster.core.config import SchedulerConfig
 from cluster.core.request import FinishReason, Request
-from cluster.core.scheduler import Schedule
+from cluster.core.schedule import Schedule
 from cluster.core.step import ScheduledSequence
 from cluster.errors import InvalidRequest, Overloaded
 
@@ -84,10 +84,17 @@ class PrefillFirst:
             scheduled = self._decode(preempted)
         dropped, self._dropped = tuple(self._dropped), []
         return Schedule(
-            scheduled=tuple(scheduled), started=started, dropped=dropped, preempted=tuple(preempted), expired=()
+            scheduled=tuple(scheduled),
+            started=started,
+            dropped=dropped,
+            preempted=tuple(preempted),
+            expired=(),
+            num_cached_tokens=(0,) * len(started),
         )
 
-    def update(self, schedule: Schedule, stopped: Collection[int]) -> list[tuple[int, FinishReason]]:
+    def update(
+        self, schedule: Schedule, stopped: Collection[int], *, duration_s: float | None = None
+    ) -> list[tuple[int, FinishReason]]:
         finished: list[tuple[int, FinishReason]] = []
         for share in schedule.scheduled:
             sequence = self._live.get(share.sequence_id)

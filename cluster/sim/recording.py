@@ -24,15 +24,25 @@ class Record:
 
     Attributes:
         arrival: as it came in.
+        num_cached_tokens: of its prompt, found in the prefix cache when it first started.
         num_output_tokens: that it got.
         first_token_s, last_token_s: when.
         ended_s, ending: when it ended, and how.
     """
 
-    __slots__ = ("arrival", "ended_s", "ending", "first_token_s", "last_token_s", "num_output_tokens")
+    __slots__ = (
+        "arrival",
+        "ended_s",
+        "ending",
+        "first_token_s",
+        "last_token_s",
+        "num_cached_tokens",
+        "num_output_tokens",
+    )
 
     def __init__(self, arrival: Arrival) -> None:
         self.arrival = arrival
+        self.num_cached_tokens: int | None = None
         self.num_output_tokens = 0
         self.first_token_s: float | None = None
         self.last_token_s = 0.0
@@ -58,6 +68,13 @@ class Recording:
         """Returns the request's id."""
         self.records.append(Record(arrival))
         return len(self.records) - 1
+
+    def start(self, request_ids: Iterable[int], num_cached_tokens: Iterable[int]) -> None:
+        """Each begins, or begins again; so many of its tokens were not to be computed."""
+        for request_id, num_tokens in zip(request_ids, num_cached_tokens, strict=True):
+            record = self.records[request_id]
+            if record.num_cached_tokens is None:
+                record.num_cached_tokens = num_tokens
 
     def sample(self, now: float, request_ids: Iterable[int]) -> None:
         """Each got a token."""

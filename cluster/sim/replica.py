@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import Protocol
 
 from cluster.core.request import FinishReason, Request
-from cluster.core.scheduler import Schedule
+from cluster.core.schedule import Schedule
 from cluster.sim.latency import StepLoad, StepTimes
 
 
@@ -23,7 +23,9 @@ class StepScheduler(Protocol):
 
     def schedule(self, now: float) -> Schedule: ...
 
-    def update(self, schedule: Schedule, stopped: Collection[int]) -> list[tuple[int, FinishReason]]: ...
+    def update(
+        self, schedule: Schedule, stopped: Collection[int], *, duration_s: float
+    ) -> list[tuple[int, FinishReason]]: ...
 
     def check_integrity(self) -> None: ...
 
@@ -111,9 +113,10 @@ class Replica:
         """Ends the step under way; returns the requests that got a token by it, and those of them that ended."""
         if self.step is None:
             raise RuntimeError(f"replica {self.replica_id} has no step under way")
-        schedule, self.step = self.step.schedule, None
-        sampled = [s.sequence_id for s in schedule.scheduled if s.samples and s.sequence_id in self.outstanding]
-        ended = [request_id for request_id, _ in self._running.update(schedule, ())]
+        step, self.step = self.step, None
+        shares = step.schedule.scheduled
+        sampled = [share.sequence_id for share in shares if share.samples and share.sequence_id in self.outstanding]
+        ended = [i for i, _ in self._running.update(step.schedule, (), duration_s=step.duration_s)]
         for request_id in ended:
             self._forget(request_id)
         return sampled, ended

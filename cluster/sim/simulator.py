@@ -114,6 +114,7 @@ class Simulator:
             priority=arrival.priority,
             arrival=now,
             deadline=None if arrival.deadline_s is None else now + arrival.deadline_s,
+            block_hashes=arrival.block_hashes,
         )
         try:
             replica.add(request)
@@ -132,6 +133,7 @@ class Simulator:
         step = replica.step
         if step is not None:
             schedule, load = step.schedule, step.load
+            self.recording.start(schedule.started, schedule.num_cached_tokens)
             self._note("step", replica.replica_id, schedule.started, schedule.preempted, load)
             self._events.add(self.now + step.duration_s, partial(self._finish, replica, step))
 

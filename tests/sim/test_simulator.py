@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import random
 from collections.abc import Collection
+from typing import Any
 
 import pytest
 from sim_setup import create_arrivals, create_replicas, create_simulator, create_step_times
@@ -11,7 +12,8 @@ from sim_setup import create_arrivals, create_replicas, create_simulator, create
 from cluster.core.block_manager import BlockManager
 from cluster.core.config import SchedulerConfig
 from cluster.core.request import FinishReason
-from cluster.core.scheduler import Schedule, Scheduler
+from cluster.core.schedule import Schedule
+from cluster.core.scheduler import Scheduler
 from cluster.sim.baselines import PrefillFirst
 from cluster.sim.latency import StepLoad
 from cluster.sim.recording import Ending, Recording
@@ -121,8 +123,8 @@ class _Broken(Scheduler):
             return Schedule(scheduled=(), started=(), dropped=(), preempted=(), expired=())
         return super().schedule(now)
 
-    def update(self, schedule: Schedule, stopped: Collection[int]) -> list[tuple[int, FinishReason]]:
-        finished = super().update(schedule, stopped)
+    def update(self, schedule: Schedule, stopped: Collection[int], **observed: Any) -> list[tuple[int, FinishReason]]:
+        finished = super().update(schedule, stopped, **observed)
         if self._fault == "forgets":
             return []
         if self._fault == "cuts" and not finished:
