@@ -29,7 +29,7 @@ test-all: setup  ## every test at full length
 lint: setup  ## style, types of the pure layers, import layers, proto drift
 	@$(BIN)/ruff check .
 	@$(BIN)/ruff format --check .
-	@$(BIN)/mypy -p cluster.core -p cluster.engine
+	@$(BIN)/mypy -p cluster.core -p cluster.engine -p cluster.sim
 	@$(BIN)/lint-imports
 	@sh protos/generate.sh --check
 
