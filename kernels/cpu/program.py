@@ -96,6 +96,11 @@ class _Recording(TorchDispatchMode):
         self._arena = arena
         self._free = [(0, arena.memory.nbytes)]  # (start, stop), in order, none touching another
 
+    @classmethod
+    def _should_skip_dynamo(cls) -> bool:
+        """Else torch imports its compiler, to keep it out of this class: a second and 140 MB for nothing."""
+        return False
+
     def called(self, op: Op, arguments: tuple[int | float | None, ...]) -> None:
         if threading.get_ident() != self._thread:
             return
