@@ -17,9 +17,12 @@
 #include "pool.h"
 #include "program.h"
 
+#include <stdbool.h>
+
 #define CHUNK 64 /* positions */
 #define GROUPS (CHUNK / LANES)
 #define TASK_ROWS 32
+#define CACHE_LINE 64
 #define MAX_PASS 4
 #define LEAST (-3e38f) /* below every score; finite, since infinity minus itself is no number */
 
@@ -38,7 +41,7 @@ typedef struct {
     int64_t q_stride;
     kv_cache kv;
     const int32_t *query_starts, *context_lens, *block_tables; /* as in attention.py */
-    int64_t num_seqs, table_width, num_heads, window;          /* window 0: none */
+    int64_t table_width, num_heads, window; /* window 0: none */
     float scale, softcap;
     float *out;
 } attention;
@@ -64,7 +67,7 @@ static task_rows rows_of(const attention *a, int64_t index) {
     return (task_rows){sequence, index / per_head, first, min_i64(TASK_ROWS, num_rows - first)};
 }
 
-/* Floats of q or out that belong to a row, as an offset of (token, query head). */
+/* A row's token in the step, query head, and position in its sequence. */
 typedef struct {
     int64_t token, head, position;
 } row_place;
@@ -88,24 +91,34 @@ typedef struct {
 
 /* A chunk's positions that some row of a tile sees, and the scores, then weights, of its rows. */
 typedef struct {
-    int64_t first, end;         /* positions */
-    int64_t base;               /* position of the first group; a multiple of 16 */
-    int num_groups;             /* of 16 positions */
-    int64_t keys[GROUPS], values[GROUPS];
-    float weights[MAX_TILE_ROWS][CHUNK];
-    float keep[LANES];          /* factor of what was summed before */
+    int64_t first, end;                   /* positions */
+    int64_t base;                         /* position of the first group; a multiple of 16 */
+    int num_groups;                       /* of 16 positions */
+    int64_t keys[GROUPS], values[GROUPS]; /* elements of the cache */
+    float weights[MAX_TILE_ROWS][CHUNK] __attribute__((aligned(CACHE_LINE)));
+    float keep[LANES]; /* factor of what was summed before */
 } chunk;
 
-static void find_groups(const attention *a, const task_rows *task, chunk *c) {
+/* The chunk from `start` on, without its weights. It may be empty. */
+static void find_chunk(const attention *a, const task_rows *task, const tile *t, int rows, int64_t start, chunk *c) {
     const int32_t *table = a->block_tables + task->sequence * a->table_width;
+    c->first = max_i64(start, t->first[0]);
+    c->end = max_i64(c->first, min_i64(start + CHUNK, t->end[rows - 1]));
     c->base = c->first / LANES * LANES;
-    c->num_groups = (int)ceil_div(c->end - c->base, LANES);
+    c->num_groups = c->first < c->end ? (int)ceil_div(c->end - c->base, LANES) : 0;
     for (int g = 0; g < c->num_groups; g++) {
         int64_t position = c->base + g * LANES;
         int64_t block = table[position / a->kv.block_size], offset = position % a->kv.block_size;
         c->keys[g] = key_at(&a->kv, block, offset, task->head);
         c->values[g] = value_at(&a->kv, block, offset, task->head);
     }
+}
+
+/* Asks for a group's keys or values, which lie in one piece. */
+INLINE void fetch(const attention *a, const void *elements, int64_t at, const int type) {
+    const int64_t size = type == KV_FLOAT32 ? 4 : 2;
+    const char *from = (const char *)elements + at * size;
+    for (int64_t i = 0; i < LANES * a->kv.head_dim * size; i += CACHE_LINE) __builtin_prefetch(from + i);
 }
 
 /* Scores of `width` native vectors of positions, n and those after it: sums over the dimensions in order. */
@@ -165,14 +178,15 @@ static void weigh(const attention *a, tile *t, chunk *c, int rows) {
 }
 
 /* Adds the weighted values, dimensions d and those after it, to the tile's output, position by position. */
-INLINE void add_values(const attention *a, const tile *t, const chunk *c, int64_t d, const int rows, const int width,
-                       const int64_t count, const int type) {
+INLINE void add_values(const attention *a, const tile *t, const chunk *c, const chunk *next, int64_t d, const int rows,
+                       const int width, const int64_t count, const int type) {
     int64_t head_dim = a->kv.head_dim;
     f32v sum[MAX_TILE_ROWS][MAX_PASS];
     for (int r = 0; r < rows; r++)
         for (int i = 0; i < width; i++)
             sum[r][i] = v_load_n(t->out + r * head_dim + d + i * WIDTH, count) * c->keep[r];
     for (int g = 0; g < c->num_groups; g++) {
+        if (next != NULL && g < next->num_groups) fetch(a, a->kv.keys, next->keys[g], type);
         int64_t base = c->base + g * LANES;
         int64_t from = max_i64(c->first - base, 0), to = min_i64(c->end - base, LANES);
         int64_t at = c->values[g] + from * head_dim + d;
@@ -201,22 +215,30 @@ static void start_tile(const attention *a, const task_rows *task, int64_t first_
     memset(t->out, 0, (size_t)(rows * head_dim) * sizeof *t->out);
 }
 
-INLINE void take_chunk(const attention *a, const task_rows *task, int64_t start, tile *t, const int rows,
-                       const int type) {
-    chunk c;
-    c.first = max_i64(start, t->first[0]);
-    c.end = min_i64(start + CHUNK, t->end[rows - 1]);
-    if (c.first >= c.end) return;
-    find_groups(a, task, &c);
-    int n = 0, num_vectors = c.num_groups * PARTS;
-    for (; n + PASS_WIDTH(rows) <= num_vectors; n += PASS_WIDTH(rows)) score(a, t, &c, n, rows, PASS_WIDTH(rows), type);
-    for (; n < num_vectors; n++) score(a, t, &c, n, rows, 1, type);
+/* streams: nobody reads this memory again soon, so what comes next is asked for while this is computed. */
+INLINE void take_chunk(const attention *a, const task_rows *task, int64_t start, tile *t, const bool streams,
+                       const int rows, const int type) {
+    chunk c, next;
+    find_chunk(a, task, t, rows, start, &c);
+    if (c.num_groups == 0) return;
+    next.num_groups = 0;
+    if (streams) find_chunk(a, task, t, rows, start + CHUNK, &next);
+    int num_vectors = c.num_groups * PARTS;
+    for (int n = 0, width; n < num_vectors; n += width) {
+        width = n + PASS_WIDTH(rows) <= num_vectors ? PASS_WIDTH(rows) : 1;
+        for (int i = n; streams && i < n + width; i++)
+            if (i % PARTS == 0) fetch(a, a->kv.values, c.values[i / PARTS], type);
+        if (width == 1)
+            score(a, t, &c, n, rows, 1, type);
+        else
+            score(a, t, &c, n, rows, PASS_WIDTH(rows), type);
+    }
     weigh(a, t, &c, rows);
     int64_t d = 0, head_dim = a->kv.head_dim;
     for (; d + PASS_WIDTH(rows) * WIDTH <= head_dim; d += PASS_WIDTH(rows) * WIDTH)
-        add_values(a, t, &c, d, rows, PASS_WIDTH(rows), WIDTH, type);
-    for (; d + WIDTH <= head_dim; d += WIDTH) add_values(a, t, &c, d, rows, 1, WIDTH, type);
-    if (d < head_dim) add_values(a, t, &c, d, rows, 1, head_dim - d, type);
+        add_values(a, t, &c, d == 0 ? &next : NULL, d, rows, PASS_WIDTH(rows), WIDTH, type);
+    for (; d + WIDTH <= head_dim; d += WIDTH) add_values(a, t, &c, d == 0 ? &next : NULL, d, rows, 1, WIDTH, type);
+    if (d < head_dim) add_values(a, t, &c, NULL, d, rows, 1, head_dim - d, type);
 }
 
 static void finish_tile(const attention *a, const task_rows *task, int64_t first_row, tile *t, int rows) {
@@ -232,14 +254,15 @@ static void finish_tile(const attention *a, const task_rows *task, int64_t first
 INLINE void attend(const attention *a, const task_rows *task, const int rows, const int type) {
     int64_t head_dim = a->kv.head_dim, num_tiles = ceil_div(task->num_rows, rows);
     tile tiles[TASK_ROWS];
-    float out[num_tiles * rows * head_dim], q[num_tiles * rows * head_dim];
+    float out[num_tiles * rows * head_dim] __attribute__((aligned(CACHE_LINE)));
+    float q[num_tiles * rows * head_dim];
     for (int64_t i = 0; i < num_tiles; i++) {
         tiles[i].out = out + i * rows * head_dim;
         tiles[i].q = q + i * rows * head_dim;
         start_tile(a, task, i * rows, &tiles[i], rows);
     }
     for (int64_t start = tiles[0].first[0] / CHUNK * CHUNK; start < tiles[num_tiles - 1].end[rows - 1]; start += CHUNK)
-        for (int64_t i = 0; i < num_tiles; i++) take_chunk(a, task, start, &tiles[i], rows, type);
+        for (int64_t i = 0; i < num_tiles; i++) take_chunk(a, task, start, &tiles[i], num_tiles == 1, rows, type);
     for (int64_t i = 0; i < num_tiles; i++) finish_tile(a, task, i * rows, &tiles[i], rows);
 }
 
@@ -270,8 +293,8 @@ void OP(paged_attention)(const float *q, int64_t q_stride, int64_t num_heads, vo
                          const int32_t *query_starts, const int32_t *context_lens, const int32_t *block_tables,
                          int64_t num_seqs, int64_t table_width, int64_t window, float scale, float softcap, float *out) {
     attention a = {.q = q, .q_stride = q_stride, .query_starts = query_starts, .context_lens = context_lens,
-                   .block_tables = block_tables, .num_seqs = num_seqs, .table_width = table_width,
-                   .num_heads = num_heads, .window = window, .scale = scale, .softcap = softcap, .out = out};
+                   .block_tables = block_tables, .table_width = table_width, .num_heads = num_heads,
+                   .window = window, .scale = scale, .softcap = softcap, .out = out};
     a.kv = kv_cache_of(cache, num_blocks, block_size, num_kv_heads, head_dim, (int)type);
     int64_t num_tasks = 0;
     for (int64_t sequence = 0; sequence < num_seqs; sequence++) num_tasks += num_tasks_of(&a, sequence);
