@@ -38,12 +38,18 @@ class LinearFit:
         """By how much an observation usually differs from what was predicted; the mean of recent ones."""
         return self._deviation
 
-    def observe(self, inputs: Sequence[float], value: float) -> None:
-        """Moves the weights towards ``sum(weight * input) == value``."""
+    @property
+    def is_settled(self) -> bool:
+        """Whether enough was observed for errors to say more of what is observed than of the first guess."""
+        return self._num_observed > _NUM_FIRST
+
+    def observe(self, inputs: Sequence[float], value: float) -> float:
+        """Moves the weights towards ``sum(weight * input) == value``; returns what that sum was short of it before."""
         x = [scale * each for scale, each in zip(self._scales, inputs, strict=True)]
-        error = value - sum(weight * each for weight, each in zip(self._weights, x, strict=True))
+        shortfall = value - sum(weight * each for weight, each in zip(self._weights, x, strict=True))
+        error = shortfall
         self._num_observed += 1
-        if self._num_observed > _NUM_FIRST:
+        if self.is_settled:
             limit = _OUTLIER * self._deviation + 1e-3 * abs(value)
             error = min(max(error, -limit), limit)
             self._deviation += _DEVIATION_SMOOTHING * (abs(error) - self._deviation)
@@ -62,3 +68,4 @@ class LinearFit:
             [c * s_i * s_j for c, s_j in zip(row, shrink, strict=True)]
             for row, s_i in zip(covariance, shrink, strict=True)
         ]
+        return shortfall

@@ -147,7 +147,11 @@ class Scheduler:
             elif tracked.num_tokens < tracked.max_num_tokens:
                 decoding.append(tracked)
         waiting = self._heads(prompts).keys()
-        budget = self._budget.num_prefill_tokens(len(decoding), (t.num_computed_tokens for t in decoding))
+        budget = self._budget.num_prefill_tokens(
+            len(decoding),
+            (tracked.num_computed_tokens for tracked in decoding),
+            max((of_class[0].num_computed_tokens for of_class in prompts if of_class), default=0),
+        )
         budget = self._admit_urgent(plan, prompts, budget, waiting)
         budget += len(decoding) - self._decode(plan, decoding, waiting)
         self._prefill(plan, prompts, budget, waiting)

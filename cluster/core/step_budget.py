@@ -10,17 +10,21 @@ from cluster.core.schedule import Schedule
 
 _FIRST_CHUNK_TOKENS = 64
 _MAX_GROWTH = 2
-_NUM_DEVIATIONS = 2.5  # mean ones: two standard deviations of a normal distribution
+_LATE_SHARE = 0.01  # of the steps with decodes: those that may take longer than the target
+_MARGIN_GAIN = 0.5  # mean deviations by which the margin follows a step
 
 
 class StepBudget:
     """Cuts prompts so that steps with decodes take no longer than a target.
 
-    A step's time is fitted as it is observed: a fixed part, and parts for each decoding sequence, each token of a
-    prompt and each token of context that is read. The budget is the largest number of prompt tokens with which the
-    fitted time, plus some of what steps usually deviate from it, stays within the target. Two bounds hold in any case:
-    a step gets at least ``min_prefill_tokens``, so that prompts get on where decodes alone are beyond the target, and
-    at most twice the largest chunk that was observed, since nothing is known beyond.
+    A step's time is fitted as it is observed: a fixed part, and parts for each decoding sequence, each token that these
+    attend to, each token of a prompt, and each pair of such a token and one that it attends to: late chunks of a long
+    prompt cost more than early ones. The budget is the largest number of prompt tokens with which the fitted time and a
+    margin stay within the target. The margin is a quantile of what the fit fell short by, followed by stochastic
+    approximation (Robbins and Monro, 1951), so that about one step in a hundred takes longer than the target whatever
+    noise the machine has. Two bounds hold in any case: a step gets at least ``min_prefill_tokens``, so that prompts get on
+    where decodes alone are beyond the target, and at most twice the largest chunk that was observed, since nothing is
+    known beyond.
 
     Where nobody decodes nobody waits for a next token, and ``max_num_batched_tokens`` is the only limit.
 
@@ -34,24 +38,29 @@ class StepBudget:
         self._target_s = None if config.target_itl_ms is None else config.target_itl_ms / 1e3
         self._min_prefill_tokens = min_prefill_tokens
         self._largest_chunk = _FIRST_CHUNK_TOKENS // _MAX_GROWTH
-        # Scales of the four parts: a first guess of a step's time is nil, and these say how far off it may be.
-        self._fit = LinearFit((1.0, 1e-2, 1e-2, 1e-4))
+        self._margin_s = 0.0
+        # Scales of the five parts: a first guess of a step's time is nil, and these say how far off it may be.
+        self._fit = LinearFit((1.0, 1e-2, 1e-4, 1e-2, 1e-6))
 
-    def num_prefill_tokens(self, num_decodes: int, contexts: Iterable[int]) -> int:
+    def num_prefill_tokens(self, num_decodes: int, contexts: Iterable[int], prefill_start: int) -> int:
         """How many tokens of prompts the next step may have.
 
         Args:
             num_decodes: sequences that miss one token.
             contexts: how many tokens each of these attends to.
+            prefill_start: how many tokens of a prompt come before its chunk; the most of those that may be next.
         """
         limit = self._max_num_batched_tokens - num_decodes
         if self._target_s is None or num_decodes == 0:
             return limit
-        fixed_s, decode_s, token_s, context_s = self._fit.weights
-        left_s = self._target_s - _NUM_DEVIATIONS * self._fit.deviation
-        left_s -= fixed_s + num_decodes * decode_s + sum(contexts) * context_s
+        fixed_s, decode_s, context_s, token_s, pair_s = self._fit.weights
+        left_s = self._target_s - self._margin_s
+        left_s = max(left_s - fixed_s - num_decodes * decode_s - sum(contexts) * context_s, 0.0)
+        token_s += max(pair_s, 0.0) * prefill_start
         # A part that is nil or less is not known yet, or lost in noise.
-        fitting = int(max(left_s, 0.0) / token_s) if token_s > 0.0 else _FIRST_CHUNK_TOKENS
+        fitting = int(left_s / token_s) if token_s > 0.0 else _FIRST_CHUNK_TOKENS
+        if token_s > 0.0 and pair_s > 0.0:  # the chunk's tokens attend to each other too: half of them, on average
+            fitting = int(left_s / (token_s + pair_s * fitting / 2))
         num_tokens = min(fitting, _MAX_GROWTH * self._largest_chunk)
         return min(max(num_tokens, self._min_prefill_tokens), limit)
 
@@ -59,12 +68,16 @@ class StepBudget:
         """A step has taken so long."""
         if self._target_s is None:
             return
-        num_decodes = num_tokens = num_context_tokens = 0
+        num_decodes = num_context_tokens = num_tokens = num_pairs = 0
         for share in schedule.scheduled:
             if share.num_new_tokens == 1:
                 num_decodes += 1
+                num_context_tokens += share.num_computed_tokens
             else:
                 num_tokens += share.num_new_tokens
-            num_context_tokens += share.num_computed_tokens
-        self._fit.observe((1.0, num_decodes, num_tokens, num_context_tokens), duration_s)
+                num_pairs += share.num_new_tokens * (2 * share.num_computed_tokens + share.num_new_tokens) // 2
+        shortfall_s = self._fit.observe((1.0, num_decodes, num_context_tokens, num_tokens, num_pairs), duration_s)
+        if num_decodes and self._fit.is_settled:
+            move = 1 - _LATE_SHARE if shortfall_s > self._margin_s else -_LATE_SHARE
+            self._margin_s = max(0.0, self._margin_s + _MARGIN_GAIN * move * self._fit.deviation)
         self._largest_chunk = max(self._largest_chunk, num_tokens)
