@@ -22,9 +22,9 @@ class StepBudget:
     prompt cost more than early ones. The budget is the largest number of prompt tokens with which the fitted time and a
     margin stay within the target. The margin is a quantile of what the fit fell short by, followed by stochastic
     approximation (Robbins and Monro, 1951), so that about one step in a hundred takes longer than the target whatever
-    noise the machine has. Two bounds hold in any case: a step gets at least ``min_prefill_tokens``, so that prompts get on
-    where decodes alone are beyond the target, and at most twice the largest chunk that was observed, since nothing is
-    known beyond.
+    noise the machine has. Two bounds hold in any case: a step gets at least ``min_prefill_tokens``, so that prompts get
+    on where decodes alone are beyond the target, and at most twice the largest chunk that was observed, since nothing
+    is known beyond.
 
     Where nobody decodes nobody waits for a next token, and ``max_num_batched_tokens`` is the only limit.
 
