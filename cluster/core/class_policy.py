@@ -27,8 +27,7 @@ class ClassPolicy:
     nothing up.
 
     The order of lending is that of hierarchical token buckets (Devera, 2002), with service in place of time, so that it
-    holds at any speed. Pure, and not about any queue in particular: charges may be exact, or estimates put right by
-    ``refund``.
+    holds at any speed. Pure, and not about any queue in particular.
 
     Args:
         classes: shares and targets.
@@ -79,13 +78,9 @@ class ClassPolicy:
             num_tokens: how much it got.
             waiting: classes with requests that could have been served instead.
         """
-        balances = self._balances
-        floor = -max(self._burst_tokens, num_tokens)
-        for each, share in self._shares.items():
-            limit = self._burst_tokens if each in waiting else 0.0
-            balances[each] = min(balances[each] + share * num_tokens, limit)
-        balances[priority] = max(balances[priority] - num_tokens, min(floor, balances[priority]))
-
-    def refund(self, priority: Priority, num_tokens: int) -> None:
-        """Gives back what a class was charged and did not get."""
-        self._balances[priority] = min(self._balances[priority] + num_tokens, self._burst_tokens)
+        for each, balance in self._balances.items():
+            earned = balance + self._shares[each] * num_tokens
+            if each is priority:
+                self._balances[each] = max(earned - num_tokens, min(balance, -max(self._burst_tokens, num_tokens)))
+            else:
+                self._balances[each] = min(earned, self._burst_tokens if each in waiting else 0.0)

@@ -91,7 +91,7 @@ class RunningBatch:
             self._parked[request_id] = ParkedBlocks(sequence_id=request_id, block_ids=blocks)
         else:
             tracked.num_computed_tokens = 0
-        tracked.was_preempted = True
+        tracked.num_tokens_preempted = tracked.num_tokens
         plan.preempted.append(request_id)
         self.stop(tracked)
 
@@ -117,7 +117,8 @@ class RunningBatch:
     def victims(self, tracked: TrackedRequest, share: Callable[[Priority], float]) -> list[TrackedRequest]:
         """Those that have to go for a request that finds no room, in this order: the lowest class first that holds more
         than its share of places or blocks, whichever is short, its latest arrival first. Members of the request's own
-        class and of more urgent ones stay, and those that are shielded; so nobody may have to go, where it is no help.
+        class and of more urgent ones stay; so do those that are shielded, or have gained no token since they were
+        preempted last, so that everybody gets on. Nobody has to go where that would not help.
         """
         block_size = self._blocks.block_size
         if self.is_full:
@@ -133,11 +134,9 @@ class RunningBatch:
         victims: list[TrackedRequest] = []
         for member in reversed(self._members):
             priority = member.request.priority
-            if (
-                priority > tracked.request.priority
-                and not member.is_shielded
-                and held[priority] > share(priority) * total
-            ):
+            stays = priority <= tracked.request.priority or member.is_shielded
+            stays = stays or member.num_tokens == member.num_tokens_preempted
+            if not stays and held[priority] > share(priority) * total:
                 victims.append(member)
                 held[priority] -= sizes[member]
                 num_missing -= sizes[member] + num_spare
@@ -200,7 +199,7 @@ class RunningBatch:
         """Blocks and computed tokens of a sibling; None where none has computed the prompt, or no block is free."""
         request = tracked.request
         source = None if tracked.group is None else tracked.group.source
-        if source is None or tracked.was_preempted:
+        if source is None or tracked.num_tokens_preempted:
             return None
         fork = self._blocks.fork(
             source.request.request_id, request.request_id, request.num_prompt_tokens, num_spare_blocks=len(self)

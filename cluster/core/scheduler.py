@@ -311,7 +311,7 @@ class Scheduler:
         """Moves a request from the queue to the batch; its blocks, or None where there is no room for it."""
         within_share = self._policy.is_within_share(tracked.request.priority)
         num_missing_tokens = tracked.num_missing_tokens
-        is_shielded = out_of_turn or (tracked.was_preempted and within_share)
+        is_shielded = out_of_turn or (tracked.num_tokens_preempted > 0 and within_share)
         blocks = self._running.start(plan, tracked, is_shielded=is_shielded)
         if blocks is not None:
             self._waiting.remove(tracked)

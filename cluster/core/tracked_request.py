@@ -25,7 +25,7 @@ class TrackedRequest:
             steps under way.
         num_block_tokens: how many fit in its blocks.
         running: in the batch: it holds blocks, and the worker holds its state.
-        was_preempted: ever.
+        num_tokens_preempted: of its tokens, those that it had when it was preempted last; 0: it never was.
         is_shielded: it runs for its class's share, so more urgent classes do not preempt it.
     """
 
@@ -38,10 +38,10 @@ class TrackedRequest:
         "num_computed_tokens",
         "num_placeholders",
         "num_tokens",
+        "num_tokens_preempted",
         "order",
         "request",
         "running",
-        "was_preempted",
     )
 
     def __init__(self, request: Request, order: int, group: SiblingGroup | None = None) -> None:
@@ -55,7 +55,7 @@ class TrackedRequest:
         self.num_computed_tokens = 0
         self.num_block_tokens = 0
         self.running = False
-        self.was_preempted = False
+        self.num_tokens_preempted = 0
         self.is_shielded = False
 
     @property

@@ -133,10 +133,12 @@ class SchedulerHarness:
         deadline: float | None = None,
         prompt: int | None = None,
         own: int | None = None,
+        num_copied_tokens: int = 0,
         n: int = 1,
     ) -> int:
-        """Counts beyond the pool are cut to what fits. ``prompt`` None: nothing is shared with others. Returns the
-        first of ``n`` ids, which follow each other."""
+        """Counts beyond the pool are cut to what fits. ``prompt`` None: nothing is shared with others. The last
+        ``num_copied_tokens`` of the prompt are what ``own`` samples. Returns the first of ``n`` ids, which follow each
+        other."""
         num_prompt_tokens = min(num_prompt_tokens, self.capacity)
         max_tokens = min(max_tokens, self.capacity - num_prompt_tokens + 1)
         first = self._num_added
@@ -145,7 +147,7 @@ class SchedulerHarness:
             chain = create_chain(
                 -1 - first if prompt is None else prompt,
                 request_id if own is None or n > 1 else own,
-                num_prompt_tokens,
+                num_prompt_tokens - num_copied_tokens,
                 num_prompt_tokens + max_tokens,
             )
             request = Request(

@@ -240,7 +240,10 @@ BROKEN: dict[str, tuple[dict[str, Any], str]] = {
     "computes a prompt twice": ({"create": ImpatientScheduler}, "started, but not waiting"),
     "idles": ({"create": IdleScheduler}, "blocks for all that wait, and nobody was started"),
     "forgets the preempted": ({"create": ForgettingScheduler}, "out of order|idle|nobody was started"),
-    "resumes too early": ({"create": HastyScheduler}, "samples under way|it has ended|empty deque"),
+    "resumes too early": (
+        {"create": HastyScheduler},
+        "samples under way|it has ended|empty deque|holds blocks already",
+    ),
     "ends twice": ({"create": TwiceScheduler}, "ended (twice|a second time)"),
     "misses deadlines": ({"create": LateScheduler}, "whose deadline has come"),
     "exceeds the token budget": ({"create": GreedyScheduler}, "over the token budget"),
@@ -252,7 +255,7 @@ BROKEN: dict[str, tuple[dict[str, Any], str]] = {
 
 @pytest.mark.parametrize(("broken", "caught_by"), BROKEN.values(), ids=BROKEN)
 def test_walk_catches(broken: dict[str, Any], caught_by: str) -> None:
-    with pytest.raises((AssertionError, RuntimeError, IndexError), match=caught_by):
+    with pytest.raises((AssertionError, RuntimeError, IndexError, ValueError), match=caught_by):
         for seed in range(NUM_WALKS):
             walk(seed, 5_000, **broken)
 

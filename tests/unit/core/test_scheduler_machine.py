@@ -33,7 +33,7 @@ def test_walks_meet_what_they_are_for() -> None:
     rng = random.Random(0)
     ends: set[FinishReason | str] = set()
     num_preempted_in_flight = num_parked = num_resumed = num_forks = num_cached_tokens = num_shielded = 0
-    for _ in range(60):
+    for _ in range(100):
         harness = create_random_harness(rng)
         for _ in range(250):
             act(harness, rng)
