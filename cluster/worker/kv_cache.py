@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from cluster.errors import ConfigError
+from cluster.kernels.cpu import memory
 from cluster.models.registry import Model
 from cluster.worker.config import WorkerConfig
 
@@ -42,12 +43,8 @@ class KVCacheShape:
         shape = (2, num_blocks, self.block_size, self.num_kv_heads, self.head_dim)
         if device.type == "cuda":
             return [torch.zeros(shape, dtype=self.dtype, device=device) for _ in range(self.num_layers)]
-        # numpy's zeros come from calloc: pages take memory when a block is first written, not now.
         num_bytes = int(np.prod(shape)) * self.dtype.itemsize
-        return [
-            torch.from_numpy(np.zeros(num_bytes, dtype=np.uint8)).view(self.dtype).view(shape)
-            for _ in range(self.num_layers)
-        ]
+        return [memory.zeros(num_bytes).view(self.dtype).view(shape) for _ in range(self.num_layers)]
 
 
 def kv_budget(*, free: int, total: int, held: int, activations: int, utilization: float) -> int:
