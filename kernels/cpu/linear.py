@@ -19,11 +19,12 @@ from cluster.kernels.cpu.library import Library, Op, library
 WeightFormat = Literal["float32", "bfloat16", "int8", "int4"]
 FORMATS: tuple[WeightFormat, ...] = get_args(WeightFormat)
 
-LAYOUT_VERSION = 1
+LAYOUT_VERSION = 2
 """Changes with what the bytes of ``PackedWeight.data`` mean; a copy on disk of another version is of no use."""
 
 _TILE = 16
-_GROUP_SIZES = {"int8": (64, 48, 32), "int4": (128, 112, 96, 80, 64, 48, 32)}
+_GROUP_SIZES = (128, 112, 96, 80, 64, 48, 32)
+_OUTLIER_BYTES = 516  # per row, of src/quantized_rows.h
 _P, _I = ctypes.c_void_p, ctypes.c_int64
 
 
@@ -84,9 +85,10 @@ class PackedWeight:
 
 
 def default_group_size(format: WeightFormat, in_features: int) -> int:
-    """The first of the format's group sizes that divides ``in_features``, else the largest: inputs are padded then."""
-    sizes = _GROUP_SIZES.get(format, (1,))
-    return next((size for size in sizes if in_features % size == 0), sizes[0])
+    """The first of the group sizes that divides ``in_features``, else the largest: inputs are padded then."""
+    if format in ("float32", "bfloat16"):
+        return 1
+    return next((size for size in _GROUP_SIZES if in_features % size == 0), _GROUP_SIZES[0])
 
 
 def num_bytes(format: WeightFormat, out_features: int, in_features: int, *, group_size: int | None = None) -> int:
@@ -128,8 +130,8 @@ def linear(x_TI: Tensor, weight: PackedWeight, bias_O: Tensor | None = None) -> 
         )
     out_TO = torch.empty(num_rows, weight.out_features)
     group_size = weight.group_size
-    num_groups = -(-num_inputs // group_size)
-    scratch = torch.empty(num_rows * num_groups * (group_size + 8) if group_size > 1 else 0, dtype=torch.uint8)
+    row_bytes = -(-num_inputs // group_size) * (group_size + 8) + _OUTLIER_BYTES if group_size > 1 else 0
+    scratch = torch.empty(num_rows * row_bytes, dtype=torch.uint8)
     _functions(weight.format).linear(
         x_TI.data_ptr(),
         num_rows,

@@ -1,7 +1,8 @@
 /* y[t, o] = sum over groups g of s[t, g] * scale[o, g] * sum over k in g of q[t, k] * (w[o, k] - zero[o, g])  (+ bias[o])
  *
  * Weights w: 0..15, with a scale and a zero per output and group of inputs. Rows q, s: see quantized_rows.h, with the same
- * groups. Sums within a group are exact integers; groups are added in order, in float32.
+ * groups. Sums within a group are exact integers; groups, and then the row's outliers times their weights, are added in
+ * order, in float32.
  *
  * Packed: lines as linear.h orders them; for each group group / 8 lines of [16 outputs][4] bytes, byte i of the four
  * holding input i in its low half and input 4 + i in its high one, then a line of [16] ranges: float32 scales whose lowest
@@ -26,7 +27,7 @@ INLINE void block(const product *p, int64_t row, int64_t tile, const int rows, c
     const int64_t num_groups = p->x.num_groups, group = p->x.group, inputs = num_groups * group;
     const line_range lines = lines_of(tile, p->num_outputs, num_groups * group_lines(group));
     const int64_t stride = tiles == 1 ? lines.stride : STRIP_TILES;
-    const uint8_t *weight = p->weight + lines.first * 64;
+    const uint8_t *first = p->weight + lines.first * 64, *weight = first;
     const int8_t *q = p->x.q + row * inputs;
     const float *scale = p->x.scale + row * num_groups;
     const int32_t *q_sum = p->x.sum + row * num_groups;
@@ -58,6 +59,20 @@ INLINE void block(const product *p, int64_t row, int64_t tile, const int rows, c
             }
         }
     }
+    for (int r = 0; r < rows; r++) {
+        const outliers *out = p->x.outlier + row + r;
+        for (int32_t i = 0; i < out->count; i++)
+            for (int n = 0; n < tiles; n++) {
+                int32_t k = out->input[i] % (int32_t)group;
+                const uint8_t *from = first + (out->input[i] / group * group_lines(group) * stride + n) * 64;
+                i32x16 raw, range;
+                memcpy(&raw, from + k / 8 * stride * 64, sizeof raw);
+                memcpy(&range, from + group / 8 * stride * 64, sizeof range);
+                raw = (i32x16)((u32x16)raw >> (uint32_t)(k % 4 * 8 + (k % 8 < 4 ? 0 : 4))) & 15;
+                f32x16 w = f32_from_i32(raw - (range & 15)) * (f32x16)(range & ~15);
+                sum[r][n] = f32_fma(w, f32_set1(out->value[i]), sum[r][n]);
+            }
+    }
     for (int n = 0; n < tiles; n++) {
         int64_t o = (tile + n) * LANES, left = p->num_outputs - o;
         f32x16 bias = p->bias == NULL ? (f32x16){} : f32_load_n(p->bias + o, (int)min_i64(LANES, left));
@@ -79,7 +94,7 @@ static void run_task(void *context, int64_t index, int32_t thread) {
 #undef CASE
 }
 
-/* scratch: rows * groups * (group + 8) bytes. */
+/* scratch: rows * quantized_row_bytes. */
 void OP(linear_int4)(const float *x, int64_t num_rows, int64_t num_inputs, int64_t num_outputs, int64_t group,
                      const uint8_t *weight, const float *bias, float *out, uint8_t *scratch) {
     product p = {quantized_rows_in(scratch, x, num_rows, num_inputs, group), num_outputs, weight, bias, out, split_tasks(num_outputs)};

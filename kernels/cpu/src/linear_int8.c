@@ -1,8 +1,8 @@
 /* y[t, o] = scale[o] * sum over groups g of s[t, g] * sum over k in g of q[t, k] * w[o, k]  (+ bias[o])
  *
  * Weights w: int8 with one scale per output (symmetric, absmax / 127), stored plus 128 as unsigned bytes, which is what
- * the dot product takes. Rows q, s: see quantized_rows.h. Sums within a group are exact integers; groups are added in
- * order, in float32.
+ * the dot product takes. Rows q, s: see quantized_rows.h. Sums within a group are exact integers; groups, and then the
+ * row's outliers x[t, k] * w[o, k], are added in order, in float32.
  *
  * Packed: lines of [16 outputs][4 inputs] bytes as linear.h orders them, then [tiles * 16] scales. Inputs are padded to
  * whole groups with zeros. group: a multiple of 16.
@@ -53,6 +53,17 @@ INLINE void block(const product *p, int64_t row, int64_t tile, const int rows, c
             for (int n = 0; n < tiles; n++)
                 sum[r][n] = f32_fma(f32_from_i32(dot[r][n]), f32_set1(scale[r * num_groups + g]), sum[r][n]);
     }
+    for (int r = 0; r < rows; r++) {
+        const outliers *out = p->x.outlier + row + r;
+        for (int32_t i = 0; i < out->count; i++)
+            for (int n = 0; n < tiles; n++) {
+                int32_t k = out->input[i];
+                i32x16 raw;
+                memcpy(&raw, weight + (k / 4 * stride + n) * 64, sizeof raw);
+                f32x16 w = f32_from_i32((i32x16)((u32x16)raw >> (uint32_t)(k % 4 * 8)) & 255) - 128.0f;
+                sum[r][n] = f32_fma(w, f32_set1(out->value[i]), sum[r][n]);
+            }
+    }
     for (int n = 0; n < tiles; n++) {
         int64_t o = (tile + n) * LANES, left = p->num_outputs - o;
         f32x16 factor = f32_load(p->weight_scale + o);
@@ -75,7 +86,7 @@ static void run_task(void *context, int64_t index, int32_t thread) {
 #undef CASE
 }
 
-/* scratch: rows * groups * (group + 8) bytes. */
+/* scratch: rows * quantized_row_bytes. */
 void OP(linear_int8)(const float *x, int64_t num_rows, int64_t num_inputs, int64_t num_outputs, int64_t group,
                      const uint8_t *weight, const float *bias, float *out, uint8_t *scratch) {
     product p = {quantized_rows_in(scratch, x, num_rows, num_inputs, group), num_outputs, weight, NULL, bias, out, split_tasks(num_outputs)};
