@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import random
 from collections import Counter
 from typing import Any
 
@@ -222,6 +223,47 @@ def test_p3_gets_its_share_under_a_flood_of_p0():
 
 def test_p3_would_starve_under_strict_order():
     assert sampled_by_class(create_flooded(StrictScheduler), 300)[P3] == 0
+
+
+def longest_wait(seed: int, create: type[Scheduler]) -> float:
+    """All classes always wait, in a random pool; the most tokens in a row that others get while P3 gets none, in units
+    of what it takes to earn a step at P3's share and to empty the pool."""
+    rng = random.Random(seed)
+    max_num_seqs = rng.randint(1, 6)
+    harness = SchedulerHarness(
+        num_blocks=rng.randint(6, 30),
+        block_size=rng.choice((1, 2, 4)),
+        max_num_seqs=max_num_seqs,
+        max_num_batched_tokens=max_num_seqs + rng.randint(0, 12),
+        max_in_flight=rng.randint(1, 3),
+        num_park_blocks=rng.choice((0, 40)),
+        create=create,
+    )
+    longest = num_tokens = 0
+    for _ in range(1000):
+        waiting = Counter(entry.request.priority for entry in harness.live.values() if not entry.running)
+        for priority in Priority:
+            if waiting[priority] < 2 and (priority is P3 or rng.random() < 0.7):
+                harness.add(rng.randint(1, 12), rng.randint(1, 12), priority, prompt=rng.choice((None, 1)))
+        harness.now += rng.uniform(0.0, 0.1)
+        if len(harness.in_flight) < harness.max_in_flight:
+            shares = harness.schedule().scheduled
+            num_tokens += sum(share.num_new_tokens for share in shares)
+            if any(harness.live[share.sequence_id].request.priority is P3 for share in shares):
+                num_tokens = 0
+            longest = max(longest, num_tokens)
+        if len(harness.in_flight) == harness.max_in_flight or rng.random() < 0.5:
+            harness.update()
+    return longest / (harness.config.max_num_batched_tokens / 0.1 + harness.capacity)
+
+
+@pytest.mark.parametrize("seed", range(8))
+def test_the_wait_of_p3_is_bounded_whatever_comes(seed: int):
+    assert longest_wait(seed, Scheduler) < 3
+
+
+def test_the_wait_of_p3_would_not_be_under_strict_order():
+    assert longest_wait(0, StrictScheduler) > 15
 
 
 @pytest.mark.parametrize("max_num_seqs", [1, 3])
