@@ -139,7 +139,7 @@ class Comparison:
     """Chunked prefill against prefill first, on one machine, one workload and the same terms.
 
     Attributes:
-        unbounded: chunked, without the terms on gaps: what can be computed at all.
+        unbounded: chunked, without the term on gaps: near what can be computed at all.
     """
 
     terms: Terms
