@@ -5,10 +5,10 @@
  * A row is one query head of one token; j runs over the positions it sees: its own and those before it, or the last
  * `window` of them. cap(s) = softcap * tanh(s / softcap), or s itself.
  *
- * The softmax is online (Milakov and Gimelshein, 2018): positions are taken in chunks, and what was summed is scaled down
- * when a chunk brings a larger score. Chunks are anchored at position 0 and a chunk's order of operations is fixed, so a
- * row's result depends on nothing but the row: not on its neighbours in a tile, nor on how a prompt is cut. A position
- * that only a neighbour sees has weight 0, and so changes nothing.
+ * The softmax is online (Milakov and Gimelshein, 2018): positions are taken in chunks, and what was summed is scaled
+ * down when a chunk brings a larger score. Chunks are anchored at position 0 and a chunk's order of operations is fixed,
+ * so a row's result depends on nothing but the row: not on its neighbours in a tile, nor on how a prompt is cut. A
+ * position that only a neighbour sees has weight 0, and so changes nothing.
  *
  * Rows of one sequence that share a key-value head form tiles, which the registers hold; tiles that share a task read
  * each chunk from the first-level cache.
