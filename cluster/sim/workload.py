@@ -52,7 +52,7 @@ def read_azure(path: Path) -> list[Arrival]:
     """A trace of the Azure LLM inference dataset: CSV of TIMESTAMP, ContextTokens, GeneratedTokens; from 0 s on.
 
     Raises:
-        ConfigError: the file is another.
+        ConfigError: the file is another, or empty.
         OSError: it cannot be read.
     """
     with path.open(encoding="utf-8-sig", newline="") as file:
@@ -63,9 +63,10 @@ def read_azure(path: Path) -> list[Arrival]:
             ]
         except (KeyError, ValueError, TypeError) as error:
             raise ConfigError(f"{path} is no Azure trace: {error!r}") from None
-    start_s = rows[0][0] if rows else 0.0
+    if not rows:
+        raise ConfigError(f"{path} holds no requests")
     return [
-        Arrival(at_s=at_s - start_s, num_prompt_tokens=prompt, num_output_tokens=output)
+        Arrival(at_s=at_s - rows[0][0], num_prompt_tokens=prompt, num_output_tokens=output)
         for at_s, prompt, output in rows
     ]
 
