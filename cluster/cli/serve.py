@@ -51,7 +51,11 @@ def serve(
     ] = None,
     dtype: Annotated[
         Literal["auto", "float32", "bfloat16", "float16"] | None,
-        typer.Option(help="Of weights and activations.", show_default="auto"),
+        typer.Option(help="Of activations.", show_default="auto"),
+    ] = None,
+    weights: Annotated[
+        Literal["auto", "float32", "bfloat16", "int8", "int4"] | None,
+        typer.Option(help="Number format of the weights; int8 and int4 are made on load.", show_default="auto"),
     ] = None,
     max_model_len: Annotated[
         int | None, typer.Option(min=1, help="Context limit in tokens.", show_default="the checkpoint's")
@@ -76,6 +80,7 @@ def serve(
         worker={
             "device": device,
             "dtype": dtype,
+            "weights": weights,
             "max_model_len": max_model_len,
             "kv_cache_bytes": kv_cache,
         },

@@ -19,6 +19,12 @@ class Metric:
 
 _LATENCY_S = (0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1.0, 2.0, 5.0, 10.0, 30.0)
 
+REPLICA_INFO = Metric(
+    "cluster_replica_info",
+    "gauge",
+    "1 for each replica; its labels say what computes.",
+    ("model", "replica", "device", "kernels", "weights"),
+)
 RUNNING = Metric("cluster_requests_running", "gauge", "Sequences in the running batch.", ("model", "replica"))
 WAITING = Metric("cluster_requests_waiting", "gauge", "Sequences that wait in the engine.", ("model", "replica"))
 KV_USAGE = Metric("cluster_kv_usage_ratio", "gauge", "Share of the KV blocks in use.", ("model", "replica"))

@@ -12,7 +12,7 @@ from ray import serve
 from cluster.engine.submission import EngineLoad
 from cluster.errors import EngineFault
 from cluster.observability.logging import configure_logging
-from cluster.observability.metrics import KV_USAGE, PREEMPTIONS, RUNNING, WAITING
+from cluster.observability.metrics import KV_USAGE, PREEMPTIONS, REPLICA_INFO, RUNNING, WAITING
 from cluster.serve.addresses import join_host_port
 from cluster.serve.config import ModelConfig
 from cluster.serve.engine_thread import Engine
@@ -108,6 +108,8 @@ class ModelReplica:
 
     async def _export_metrics(self) -> None:
         sink, labels = RaySink(), {"model": self._model.name, "replica": self._replica_id}
+        info = self._server.model_info
+        sink.record(REPLICA_INFO, 1, device=info.device, kernels=info.kernels, weights=info.weights, **labels)
         preemptions, exported = 0, None
         while True:
             load: EngineLoad = self._server.load

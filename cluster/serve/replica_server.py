@@ -199,6 +199,7 @@ class ReplicaServer(replica_pb2_grpc.ReplicaServiceServicer):
                 device=model.device,
                 kv_capacity_tokens=model.kv_capacity_tokens,
                 protocol_version=PROTOCOL_VERSION,
+                batch_invariant=model.batch_invariant,
             )
         )
         self._streams.add(stream)

@@ -64,7 +64,7 @@ class ReplicaFrame(_message.Message):
     def __init__(self, hello: _Optional[_Union[ReplicaHello, _Mapping]] = ..., load: _Optional[_Union[ReplicaLoad, _Mapping]] = ..., deltas: _Optional[_Iterable[_Union[TokenDelta, _Mapping]]] = ..., failures: _Optional[_Iterable[_Union[Failure, _Mapping]]] = ...) -> None: ...
 
 class ReplicaHello(_message.Message):
-    __slots__ = ("replica_id", "model", "architecture", "max_model_len", "vocab_size", "dtype", "device", "kv_capacity_tokens", "protocol_version")
+    __slots__ = ("replica_id", "model", "architecture", "max_model_len", "vocab_size", "dtype", "device", "kv_capacity_tokens", "protocol_version", "batch_invariant")
     REPLICA_ID_FIELD_NUMBER: _ClassVar[int]
     MODEL_FIELD_NUMBER: _ClassVar[int]
     ARCHITECTURE_FIELD_NUMBER: _ClassVar[int]
@@ -74,6 +74,7 @@ class ReplicaHello(_message.Message):
     DEVICE_FIELD_NUMBER: _ClassVar[int]
     KV_CAPACITY_TOKENS_FIELD_NUMBER: _ClassVar[int]
     PROTOCOL_VERSION_FIELD_NUMBER: _ClassVar[int]
+    BATCH_INVARIANT_FIELD_NUMBER: _ClassVar[int]
     replica_id: str
     model: str
     architecture: str
@@ -83,7 +84,8 @@ class ReplicaHello(_message.Message):
     device: str
     kv_capacity_tokens: int
     protocol_version: int
-    def __init__(self, replica_id: _Optional[str] = ..., model: _Optional[str] = ..., architecture: _Optional[str] = ..., max_model_len: _Optional[int] = ..., vocab_size: _Optional[int] = ..., dtype: _Optional[str] = ..., device: _Optional[str] = ..., kv_capacity_tokens: _Optional[int] = ..., protocol_version: _Optional[int] = ...) -> None: ...
+    batch_invariant: bool
+    def __init__(self, replica_id: _Optional[str] = ..., model: _Optional[str] = ..., architecture: _Optional[str] = ..., max_model_len: _Optional[int] = ..., vocab_size: _Optional[int] = ..., dtype: _Optional[str] = ..., device: _Optional[str] = ..., kv_capacity_tokens: _Optional[int] = ..., protocol_version: _Optional[int] = ..., batch_invariant: _Optional[bool] = ...) -> None: ...
 
 class ReplicaLoad(_message.Message):
     __slots__ = ("running", "waiting", "free_blocks", "num_blocks", "queued_tokens", "draining")

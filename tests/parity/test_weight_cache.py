@@ -108,7 +108,7 @@ class TestModel:
         checkpoint: Path,
         tmp_path: Path,
         packed: list[PackedWeight],
-        damage: Any,
+        damage: Callable[[Path], Any],
         caplog: pytest.LogCaptureFixture,
     ):
         expected = run(checkpoint, tmp_path / "cache")

@@ -24,7 +24,7 @@ from cluster.wire import sampling_to_proto
 SECRET = "s3cret"
 MODEL = ModelInfo(
     architecture="Fake", max_model_len=64, vocab_size=100, eos_token_ids=(0,), dtype="float32", device="cpu",
-    num_blocks=8, block_size=4, backend="fake",
+    num_blocks=8, block_size=4, backend="fake", batch_invariant=True,
 )  # fmt: skip
 
 
@@ -195,6 +195,7 @@ async def test_hello_describes_the_model_and_every_frame_has_the_load(cluster: C
         frame = await stream.greet()
         assert (frame.hello.replica_id, frame.hello.model, frame.hello.architecture) == ("r1", "m", "Fake")
         assert (frame.hello.max_model_len, frame.hello.vocab_size, frame.hello.kv_capacity_tokens) == (64, 100, 32)
+        assert frame.hello.batch_invariant
         assert (frame.hello.protocol_version, frame.load.num_blocks, frame.load.free_blocks) == (1, 8, 8)
         cluster.engine.release(3)
         await stream.send(submits=[submit(5)])
