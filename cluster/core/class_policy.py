@@ -50,11 +50,11 @@ class ClassPolicy:
         return self._balances[priority]
 
     def is_within_share(self, priority: Priority) -> bool:
-        return self._balances[priority] >= 0.0
+        return self.balance(priority) >= 0.0
 
     def is_overdue(self, priority: Priority) -> bool:
         """Whether the class is owed so much that nobody else may go first."""
-        return self._balances[priority] >= self._burst_tokens
+        return self.balance(priority) >= self._burst_tokens
 
     def pick(self, arrivals: Mapping[Priority, float]) -> Priority:
         """Whose turn it is.

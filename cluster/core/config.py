@@ -67,7 +67,8 @@ class SchedulerConfig:
     Attributes:
         max_num_seqs: sequences in the running batch.
         max_num_batched_tokens: tokens computed in one step; long prompts are cut into chunks of at most this.
-        max_num_waiting: sequences that may wait in the engine; more are refused.
+        max_num_waiting: sequences that may wait in the engine. More are refused, but of classes of which fewer wait
+            than their share of this: one class's flood does not shut the others out.
         classes: shares and latency targets of the priority classes.
         target_itl_ms: how long a step may take while sequences are being generated, in milliseconds, so that their next
             tokens come in time; prompts are cut to what fits. null: only max_num_batched_tokens cuts them.

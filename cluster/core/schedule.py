@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable
 from dataclasses import dataclass, field
 
+from cluster.core.request import Priority
 from cluster.core.step import ParkedBlocks, ScheduledSequence
 
 
@@ -42,8 +43,13 @@ class Schedule:
 
 @dataclass(slots=True)
 class StepPlan:
-    """A Schedule in the making."""
+    """A Schedule in the making.
 
+    Attributes:
+        waiting: classes with prompts that could be computed in it.
+    """
+
+    waiting: Collection[Priority]
     scheduled: list[ScheduledSequence] = field(default_factory=list)
     started: list[int] = field(default_factory=list)
     num_cached_tokens: list[int] = field(default_factory=list)

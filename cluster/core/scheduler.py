@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections import deque
+from collections import Counter, deque
 from collections.abc import Collection, Mapping, Sequence
 from types import MappingProxyType
 
@@ -20,8 +20,6 @@ from cluster.core.step_budget import StepBudget
 from cluster.core.tracked_request import TrackedRequest
 from cluster.core.waiting_queue import WaitingQueue
 from cluster.errors import InvalidRequest, Overloaded
-
-__all__ = ["Schedule", "Scheduler"]
 
 _CLASSES = tuple(Priority)
 _NO_HASHES: Mapping[int, Sequence[bytes]] = MappingProxyType({})
@@ -68,6 +66,7 @@ class Scheduler:
         self._policy = ClassPolicy(config.classes, burst_tokens=config.max_num_batched_tokens)
         self._budget = StepBudget(config, min_prefill_tokens=block_manager.block_size)
         self._live: dict[int, TrackedRequest] = {}
+        self._num_live = Counter[Priority]()
         self._waiting = WaitingQueue()
         self._running = RunningBatch(config.max_num_seqs, block_manager, Parking(config.park_bytes, block_bytes))
         self._deadlines = DeadlineQueue()
@@ -103,23 +102,20 @@ class Scheduler:
 
         Raises:
             InvalidRequest: an id is live, a count is below 1, or the whole pool could not hold one of them.
-            Overloaded: more than ``max_num_waiting`` would wait.
+            Overloaded: more than ``max_num_waiting`` would wait, and more than its class's share of them of some class.
         """
         for request in requests:
             self._check(request)
         if len({request.request_id for request in requests}) < len(requests):
             raise InvalidRequest("two requests have the same id", field="request_id")
-        if self.num_waiting + len(requests) > self._config.max_num_waiting:
-            raise Overloaded(
-                f"{self.num_waiting} sequences wait here and {len(requests)} more came; at most "
-                f"{self._config.max_num_waiting} may wait"
-            )
+        self._check_queue(requests)
         groups: dict[int, SiblingGroup] = {}
         for request in requests:
             group = None if request.group is None else groups.setdefault(request.group, SiblingGroup())
             tracked = TrackedRequest(request, self._num_added, group)
             self._num_added += 1
             self._live[request.request_id] = tracked
+            self._num_live[request.priority] += 1
             if group is None or group.add(tracked):
                 self._waiting.push(tracked)
             self._num_queued_tokens += tracked.num_missing_tokens
@@ -138,7 +134,6 @@ class Scheduler:
         expired = self._deadlines.pop_expired(now)
         for request_id in expired:
             self._end(self._live[request_id])
-        plan = StepPlan()
         decoding: list[TrackedRequest] = []
         prompts: _Prompts = tuple(deque() for _ in _CLASSES)
         for tracked in self._running:
@@ -146,15 +141,15 @@ class Scheduler:
                 prompts[tracked.request.priority].append(tracked)
             elif tracked.num_tokens < tracked.max_num_tokens:
                 decoding.append(tracked)
-        waiting = self._heads(prompts).keys()
+        plan = StepPlan(waiting=self._heads(prompts).keys())
         budget = self._budget.num_prefill_tokens(
             len(decoding),
             (tracked.num_computed_tokens for tracked in decoding),
             max((of_class[0].num_computed_tokens for of_class in prompts if of_class), default=0),
         )
-        budget = self._admit_urgent(plan, prompts, budget, waiting)
-        budget += len(decoding) - self._decode(plan, decoding, waiting)
-        self._prefill(plan, prompts, budget, waiting)
+        budget = self._admit_urgent(plan, prompts, budget)
+        budget += len(decoding) - self._decode(plan, decoding)
+        self._prefill(plan, prompts, budget)
         for tracked in self._running.commit():
             self._waiting.push(tracked)
         if plan.scheduled:
@@ -229,6 +224,19 @@ class Scheduler:
                 field="sampling.max_tokens",
             )
 
+    def _check_queue(self, requests: Sequence[Request]) -> None:
+        max_num_waiting = self._config.max_num_waiting
+        if self.num_waiting + len(requests) <= max_num_waiting:
+            return
+        running = Counter(tracked.request.priority for tracked in self._running)
+        for priority, num_new in Counter(request.priority for request in requests).items():
+            guaranteed = self._policy.share(priority) * max_num_waiting
+            if self._num_live[priority] - running[priority] + num_new > guaranteed:
+                raise Overloaded(
+                    f"{self.num_waiting} sequences wait here and {len(requests)} more came; at most {max_num_waiting} "
+                    f"may wait, and of class {priority.name} {int(guaranteed)} in any case"
+                )
+
     def _heads(self, prompts: _Prompts, limit: int = len(_CLASSES)) -> dict[Priority, TrackedRequest]:
         """Who is next in each class; those that wait only of the ``limit`` most urgent classes."""
         heads: dict[Priority, TrackedRequest] = {}
@@ -244,7 +252,7 @@ class Scheduler:
     def _pick(self, heads: Mapping[Priority, TrackedRequest]) -> Priority:
         return self._policy.pick({priority: head.request.arrival for priority, head in heads.items()})
 
-    def _admit_urgent(self, plan: StepPlan, prompts: _Prompts, budget: int, waiting: Collection[Priority]) -> int:
+    def _admit_urgent(self, plan: StepPlan, prompts: _Prompts, budget: int) -> int:
         """Starts P0s whose turn it is, in the place of others if need be; returns what is left of the budget.
 
         This comes before all else in a step, so that nobody loses his place after his share of the step is booked.
@@ -258,14 +266,14 @@ class Scheduler:
                 break
             blocks = self._start(plan, tracked)
             if blocks is not None:
-                budget -= self._compute(plan, tracked, budget, blocks, waiting)
+                budget -= self._compute(plan, tracked, budget, blocks)
             elif victims := self._running.victims(tracked, self._policy.share):
                 self._preempt(plan, victims[0])
             else:
                 break
         return budget
 
-    def _decode(self, plan: StepPlan, decoding: Sequence[TrackedRequest], waiting: Collection[Priority]) -> int:
+    def _decode(self, plan: StepPlan, decoding: Sequence[TrackedRequest]) -> int:
         """Books the next token of all that miss one, most urgent first, and preempts from the other end; returns of how
         many."""
         counts = [0] * len(_CLASSES)
@@ -282,10 +290,10 @@ class Scheduler:
             self._advance(plan, tracked, 1, blocks)
         for priority in _CLASSES:
             if counts[priority]:
-                self._policy.charge(priority, counts[priority], waiting)
+                self._policy.charge(priority, counts[priority], plan.waiting)
         return sum(counts)
 
-    def _prefill(self, plan: StepPlan, prompts: _Prompts, budget: int, waiting: Collection[Priority]) -> None:
+    def _prefill(self, plan: StepPlan, prompts: _Prompts, budget: int) -> None:
         """Books prompts of those that run and of those that wait, by the classes' turns."""
         # Whoever was just preempted would take back the place that others lacked.
         limit = 0 if plan.preempted else len(_CLASSES)
@@ -305,7 +313,7 @@ class Scheduler:
             if blocks is None:
                 limit = 0 if self._policy.is_overdue(priority) else priority
             else:
-                budget -= self._compute(plan, tracked, budget, blocks, waiting)
+                budget -= self._compute(plan, tracked, budget, blocks)
 
     def _start(self, plan: StepPlan, tracked: TrackedRequest, *, out_of_turn: bool = False) -> tuple[int, ...] | None:
         """Moves a request from the queue to the batch; its blocks, or None where there is no room for it."""
@@ -327,18 +335,11 @@ class Scheduler:
                 break
         return blocks
 
-    def _compute(
-        self,
-        plan: StepPlan,
-        tracked: TrackedRequest,
-        budget: int,
-        blocks: tuple[int, ...],
-        waiting: Collection[Priority],
-    ) -> int:
+    def _compute(self, plan: StepPlan, tracked: TrackedRequest, budget: int, blocks: tuple[int, ...]) -> int:
         """Books as much of a prompt as the budget holds, and its class pays; returns how much."""
         num_new_tokens = min(tracked.num_missing_tokens, budget)
         self._advance(plan, tracked, num_new_tokens, blocks)
-        self._policy.charge(tracked.request.priority, num_new_tokens, waiting)
+        self._policy.charge(tracked.request.priority, num_new_tokens, plan.waiting)
         return num_new_tokens
 
     def _advance(self, plan: StepPlan, tracked: TrackedRequest, num_new_tokens: int, blocks: tuple[int, ...]) -> None:
@@ -370,6 +371,7 @@ class Scheduler:
     def _end(self, tracked: TrackedRequest) -> None:
         request_id = tracked.request.request_id
         del self._live[request_id]
+        self._num_live[tracked.request.priority] -= 1
         self._deadlines.discard(request_id)
         self._num_queued_tokens -= tracked.num_missing_tokens
         if tracked.running:

@@ -12,7 +12,8 @@ from dataclasses import replace
 from cluster.core.block_hash import block_hashes
 from cluster.core.block_manager import BlockManager
 from cluster.core.request import Request
-from cluster.core.scheduler import Schedule, Scheduler
+from cluster.core.schedule import Schedule
+from cluster.core.scheduler import Scheduler
 from cluster.core.step import SampledToken, StepInput, StepOutput
 from cluster.engine.config import EngineConfig
 from cluster.engine.executor import Executor, ModelInfo

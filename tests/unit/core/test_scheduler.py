@@ -8,7 +8,8 @@ from scheduler_harness import SchedulerHarness
 from cluster.core.block_manager import BlockManager
 from cluster.core.config import SchedulerConfig
 from cluster.core.request import FinishReason, Priority, Request
-from cluster.core.scheduler import Schedule, Scheduler
+from cluster.core.schedule import Schedule
+from cluster.core.scheduler import Scheduler
 from cluster.errors import InvalidRequest, Overloaded
 
 P0, P1, P2, P3 = Priority
@@ -18,8 +19,10 @@ def shares(schedule: Schedule) -> dict[int, int]:
     return {share.sequence_id: share.num_new_tokens for share in schedule.scheduled}
 
 
-def create_request(request_id: int = 0, num_prompt_tokens: int = 1, max_tokens: int = 1) -> Request:
-    return Request(request_id=request_id, num_prompt_tokens=num_prompt_tokens, max_tokens=max_tokens)
+def create_request(
+    request_id: int = 0, num_prompt_tokens: int = 1, max_tokens: int = 1, priority: Priority = P1
+) -> Request:
+    return Request(request_id=request_id, num_prompt_tokens=num_prompt_tokens, max_tokens=max_tokens, priority=priority)
 
 
 def create_scheduler(*, num_blocks: int = 4, block_size: int = 4, max_num_waiting: int = 8) -> Scheduler:
@@ -260,6 +263,26 @@ def test_more_than_may_wait_are_refused_all_together():
         scheduler.add(create_request(2), create_request(3))
     assert scheduler.num_waiting == 2
     scheduler.add(create_request(4))
+    scheduler.check_integrity()
+
+
+def test_a_class_may_have_its_share_of_the_queue_whoever_else_waits():
+    scheduler = create_scheduler(max_num_waiting=10)
+    scheduler.add(*(create_request(index, priority=P3) for index in range(10)))
+    scheduler.add(*(create_request(100 + index, priority=P0) for index in range(4)))
+    scheduler.add(*(create_request(200 + index, priority=P2) for index in range(2)))
+    for priority in (P0, P2, P3):
+        with pytest.raises(Overloaded, match=f"1 more came; at most 10 may wait, and of class {priority.name} "):
+            scheduler.add(create_request(300, priority=priority))
+    with pytest.raises(Overloaded, match="of class P0"):
+        scheduler.add(create_request(300, priority=P1), create_request(301, priority=P0))
+    scheduler.add(*(create_request(300 + index, priority=P1) for index in range(3)))
+    assert scheduler.num_waiting == 19
+    # Whoever has ended does not wait, nor does whoever runs.
+    scheduler.cancel(102)
+    scheduler.add(create_request(400, priority=P0))
+    assert 100 in scheduler.schedule(0.0).started
+    scheduler.add(create_request(401, priority=P0))
     scheduler.check_integrity()
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
 from functools import partial
 from typing import Any
@@ -128,8 +128,8 @@ class LateScheduler(Scheduler):
 class GreedyScheduler(Scheduler):
     """Starts prompts whole, whatever the budget."""
 
-    def _prefill(self, plan: StepPlan, prompts: Any, budget: int, waiting: Collection[Priority]) -> None:
-        super()._prefill(plan, prompts, budget + 3, waiting)
+    def _prefill(self, plan: StepPlan, prompts: Any, budget: int) -> None:
+        super()._prefill(plan, prompts, budget + 3)
 
 
 class OverrunningScheduler(Scheduler):
