@@ -16,6 +16,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from cluster.kernels.cpu import memory
 from cluster.kernels.cpu.library import Library, Op, library
 
 _P, _I, _F = ctypes.c_void_p, ctypes.c_int64, ctypes.c_float
@@ -117,7 +118,7 @@ def paged_attention(
             f"queries must be float32 of {plan.num_tokens} tokens, a multiple of {num_kv_heads} heads each, contiguous "
             f"within a token; got {q_THD.dtype} {tuple(q_THD.shape)} of strides {q_THD.stride()}"
         )
-    out_THD = torch.empty(num_tokens, num_heads, head_dim)
+    out_THD = memory.empty(num_tokens, num_heads, head_dim)
     query_starts, context_lens, block_tables = plan.addresses
     num_seqs, width = plan.block_tables_SB.shape
     _function()(

@@ -15,6 +15,7 @@ from functools import cache
 import torch
 from torch import Tensor
 
+from cluster.kernels.cpu import memory
 from cluster.kernels.cpu.attention import check_cache
 from cluster.kernels.cpu.library import Library, Op, library
 
@@ -32,7 +33,7 @@ def rms_norm(x: Tensor, weight_D: Tensor, eps: float, *, out: Tensor | None = No
         ValueError: tensors of another shape or type.
     """
     if out is None:
-        out = torch.empty(x.shape)
+        out = memory.empty(*x.shape)
     if x.dim() == 2:
         (num_outer, size), num_inner = x.shape, 1
         (x_stride, unit), x_inner_stride = x.stride(), 0
@@ -76,7 +77,7 @@ def add_rms_norm(x_TD: Tensor, residual_TD: Tensor, weight_D: Tensor, eps: float
             f"both terms must be contiguous and of one shape; got {tuple(x_TD.shape)} of strides {x_TD.stride()} and "
             f"{tuple(residual_TD.shape)} of strides {residual_TD.stride()}"
         )
-    out_TD, total_TD = torch.empty(num_rows, size), torch.empty(num_rows, size)
+    out_TD, total_TD = memory.empty(num_rows, size), memory.empty(num_rows, size)
     _functions().add_rms_norm(
         x_TD.data_ptr(),
         residual_TD.data_ptr(),
@@ -100,7 +101,7 @@ def silu_mul(gate_up_TF: Tensor) -> Tensor:
     _check_float32(gate_up_TF)
     if width % 2 or not gate_up_TF.is_contiguous():
         raise ValueError(f"gates and ups must lie side by side, contiguous; got {tuple(gate_up_TF.shape)}")
-    out_TF = torch.empty(num_rows, width // 2)
+    out_TF = memory.empty(num_rows, width // 2)
     _functions().silu_mul(gate_up_TF.data_ptr(), num_rows, width // 2, out_TF.data_ptr())
     return out_TF
 

@@ -128,10 +128,10 @@ def linear(x_TI: Tensor, weight: PackedWeight, bias_O: Tensor | None = None) -> 
         raise ValueError(
             f"rows must be contiguous float32 with {weight.in_features} inputs; got {x_TI.dtype} {tuple(x_TI.shape)}"
         )
-    out_TO = torch.empty(num_rows, weight.out_features)
+    out_TO = memory.empty(num_rows, weight.out_features)
     group_size = weight.group_size
     row_bytes = -(-num_inputs // group_size) * (group_size + 8) + _OUTLIER_BYTES if group_size > 1 else 0
-    scratch = torch.empty(num_rows * row_bytes, dtype=torch.uint8)
+    scratch = memory.empty(num_rows * row_bytes, dtype=torch.uint8)
     _functions(weight.format).linear(
         x_TI.data_ptr(),
         num_rows,
