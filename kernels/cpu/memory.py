@@ -56,7 +56,8 @@ def _mapped(num_bytes: int) -> Tensor:
 class _Cache:
     """Buffers of large results, used again and again.
 
-    The system would zero fresh memory page by page in every step. Sizes are powers of two, so that few kinds exist; a buffer is free again when the last tensor in it is gone.
+    The system would zero fresh memory page by page in every step. Sizes are powers of two, so that few kinds exist; a
+    buffer is free again when the last tensor in it is gone.
     """
 
     def __init__(self) -> None:
