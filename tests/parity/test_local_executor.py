@@ -17,8 +17,9 @@ from cluster.core.request import SamplingParams
 from cluster.core.step import NewSequence, ScheduledSequence, StepInput
 from cluster.errors import CheckpointError, ConfigError, EngineFault
 from cluster.kernels.cpu.library import library
+from cluster.worker import local_executor
 from cluster.worker.config import WorkerConfig
-from cluster.worker.kv_cache import KVCacheShape, check_weights_fit, count_blocks, kv_budget
+from cluster.worker.kv_cache import KVCacheShape, check_weights_fit, count_blocks, kv_budget, step_bytes
 from cluster.worker.local_executor import LocalExecutor
 
 CPU = torch.device("cpu")
@@ -189,6 +190,18 @@ class TestMemory:
     def test_weights_that_do_not_fit(self):
         with pytest.raises(ConfigError, match=r"4,194,304\.000 MiB as int8.*free"):
             check_weights_fit(2**42, "int8", CPU)
+
+    def test_the_largest_step_has_room_beside_the_pool(self, checkpoint: Path, monkeypatch: pytest.MonkeyPatch):
+        """A pool that fits alone is refused where the step that the configuration allows would not fit beside it."""
+        monkeypatch.setattr(local_executor, "free_memory", lambda device: 2**24)
+        assert create_executor(checkpoint, kv_cache_bytes=2**23)
+        config = WorkerConfig(device="cpu", num_threads=1, kv_cache_bytes=2**23)
+        with pytest.raises(ConfigError, match=r"asks for 8\.000 MiB, but .* are free"):
+            LocalExecutor(checkpoint, config, 4, max_num_batched_tokens=2**13)
+
+    def test_a_step_holds_its_widest_layer_and_two_copies_of_its_logits(self, checkpoint: Path):
+        model = create_executor(checkpoint)._runner._model
+        assert step_bytes(model, 3, 10) == 4 * (10 * (3 * 64 + 3 * 112) + 2 * 3 * 259)
 
     def test_shutdown_frees_the_model(self, checkpoint: Path):
         executor = create_executor(checkpoint)
