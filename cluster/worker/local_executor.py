@@ -87,7 +87,7 @@ class LocalExecutor:
         numbers = choose_numbers(config, file, device, our_code=our_code)
         self._backend = numbers.backend
         kernels.use(numbers.backend)
-        _set_threads(num_threads, numbers)
+        _set_threads(num_threads, numbers, device)
         eos_token_ids = read_eos_token_ids(checkpoint, file)
         try:
             enter("loading weights")
@@ -204,12 +204,13 @@ def _name(dtype: torch.dtype) -> str:
     return str(dtype).removeprefix("torch.")
 
 
-def _set_threads(num_threads: int, numbers: Numbers) -> None:
-    """One pool of threads computes: torch's, or the C kernels' with torch on the caller's thread alone."""
-    library = cpu_library() if numbers.backend.kind == "cpu" else None
+def _set_threads(num_threads: int, numbers: Numbers, device: torch.device) -> None:
+    """One pool of threads runs the model: torch's, or the C kernels' with torch on the caller's thread alone. On a CPU
+    the C pool also draws the tokens, whoever runs the model."""
+    library = cpu_library() if device.type == "cpu" else None
     if library is not None:
         library.set_num_threads(num_threads)
-    torch.set_num_threads(1 if library is not None else num_threads)
+    torch.set_num_threads(1 if numbers.backend.kind == "cpu" else num_threads)
 
 
 def _load(

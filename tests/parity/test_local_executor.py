@@ -15,6 +15,7 @@ from parity_runs import create_engine, create_prompts, run_engine
 
 from cluster.core.request import SamplingParams
 from cluster.core.step import NewSequence, ScheduledSequence, StepInput
+from cluster.engine.submission import Submission
 from cluster.errors import CheckpointError, ConfigError, EngineFault
 from cluster.kernels.cpu.library import library
 from cluster.worker import local_executor
@@ -288,3 +289,19 @@ class TestSteps:
         engine = create_engine(checkpoint, max_model_len=21)
         sampling = SamplingParams(temperature=0.0, ignore_eos=True)
         assert [len(tokens) for tokens in run_engine(engine, create_prompts((20, 4)), sampling)] == [1, 17]
+
+
+def test_models_on_different_kernels_take_turns(checkpoint: Path):
+    """Ops are bound for the whole process: each step must run on those of its own model."""
+    prompts = create_prompts((3, 20))
+    expected = run_engine(create_engine(checkpoint, kernels="torch"), prompts)
+    engines = [create_engine(checkpoint, kernels=name) for name in ("torch", "auto")]
+    outputs = [[], []]
+    sampling = SamplingParams(temperature=0.0, max_tokens=64, ignore_eos=True)
+    for engine in engines:
+        engine.add(Submission(submission_id=0, prompt_token_ids=prompts[1], sampling=sampling))
+    while any(engine.has_work for engine in engines):
+        for engine, output in zip(engines, outputs, strict=True):
+            output += [token for delta in engine.step().deltas for token in delta.token_ids]
+    wanted = [token.token_id for token in expected[1]]
+    assert outputs == [wanted, wanted]
