@@ -5,6 +5,7 @@ One piece, because it is what a cached copy on disk holds: it is read back by a 
 
 from __future__ import annotations
 
+import hashlib
 import json
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -28,11 +29,13 @@ class PackedEntry:
 
     Attributes:
         format: of a matrix; None: a vector (norm or bias), float32.
+        group_size: as in ``PackedWeight``; 0 for a vector.
         offset, num_bytes: in the model's memory; the offset is a multiple of 64.
     """
 
     target: Target
     format: WeightFormat | None
+    group_size: int
     offset: int
     num_bytes: int
 
@@ -54,14 +57,26 @@ class PackedLayout:
         offset = 0
         for target in targets:
             format = _format_of(target, weights)
-            num_bytes = 4 * target.shape[0] if format is None else linear.num_bytes(format, *target.shape)
-            self.entries.append(PackedEntry(target, format, offset, num_bytes))
+            if format is None:
+                group_size, num_bytes = 0, 4 * target.shape[0]
+            else:
+                group_size = linear.default_group_size(format, target.shape[1])
+                num_bytes = linear.num_bytes(format, *target.shape, group_size=group_size)
+            self.entries.append(PackedEntry(target, format, group_size, offset, num_bytes))
             offset += -(-num_bytes // _ALIGNMENT) * _ALIGNMENT
         self.num_bytes = offset
 
     def header(self, metadata: dict[str, str]) -> bytes:
-        """The header of a safetensors file of this layout: the parameters in order, as bytes, padding included."""
-        metadata = metadata | {"weights": self.weights, "layout_version": str(linear.LAYOUT_VERSION)}
+        """The header of a safetensors file of this layout: the parameters in order, as bytes, padding included.
+
+        Its metadata say how each is packed, so that a copy made in another way has another header.
+        """
+        packing = ",".join(f"{entry.format}/{entry.group_size}" for entry in self.entries)
+        metadata = metadata | {
+            "weights": self.weights,
+            "layout_version": str(linear.LAYOUT_VERSION),
+            "packing": hashlib.sha256(packing.encode()).hexdigest(),
+        }
         index: dict[str, object] = {"__metadata__": metadata}
         ends = [entry.offset for entry in self.entries[1:]] + [self.num_bytes]
         for entry, end in zip(self.entries, ends, strict=True):
@@ -116,6 +131,4 @@ def _value(entry: PackedEntry, data: Tensor) -> PackedWeight | Tensor:
     part = data[entry.offset : entry.offset + entry.num_bytes]
     if entry.format is None:
         return part.view(torch.float32)
-    out_features, in_features = entry.target.shape
-    group_size = linear.default_group_size(entry.format, in_features)
-    return PackedWeight(entry.format, out_features, in_features, group_size, part)
+    return PackedWeight(entry.format, *entry.target.shape, entry.group_size, part)

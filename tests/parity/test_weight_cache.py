@@ -16,6 +16,7 @@ from checkpoints import create_checkpoint
 from parity_runs import create_engine, create_prompts, run_engine
 from safetensors import safe_open
 
+from cluster.kernels.cpu import linear
 from cluster.kernels.cpu.library import library
 from cluster.kernels.cpu.linear import PackedWeight
 from cluster.models import weight_cache
@@ -120,6 +121,18 @@ class TestModel:
         assert packed
         assert copy.read_bytes() == whole
         assert "made anew" in caplog.text
+
+    def test_a_copy_of_other_groups_is_made_anew(
+        self, checkpoint: Path, tmp_path: Path, packed: list[PackedWeight], monkeypatch: pytest.MonkeyPatch
+    ):
+        """Where groups divide the inputs, int8 takes the same bytes in groups of any size."""
+        expected = run(checkpoint, tmp_path / "cache")
+        packed.clear()
+        monkeypatch.setattr(linear, "default_group_size", lambda format, in_features: 16)
+        run(checkpoint, tmp_path / "cache")
+        assert {weight.group_size for weight in packed} == {16}
+        monkeypatch.undo()
+        assert run(checkpoint, tmp_path / "cache") == expected
 
     def test_another_checkpoint_of_the_same_shape_has_its_own(self, checkpoint: Path, tmp_path: Path):
         other = create_checkpoint(tmp_path / "other", "Qwen2ForCausalLM", seed=1)
