@@ -27,14 +27,23 @@ def add_rms_norm(x_TD: Tensor, residual_TD: Tensor, weight_D: Tensor, eps: float
     return rms_norm(total_TD, weight_D, eps), total_TD
 
 
-def rotary(x_TND: Tensor, cos_T1D: Tensor, sin_T1D: Tensor) -> Tensor:
-    """``(x1, x2) -> (x1 cos - x2 sin, x2 cos + x1 sin)`` with x1, x2 the halves of a head (Su et al., 2021).
+def linear(x_TI: Tensor, weight_OI: Tensor, bias_O: Tensor | None = None) -> Tensor:
+    """``x W^T + b``, in x's dtype (I inputs, O outputs). Packed weights stand for the numbers they unpack to."""
+    y_TO = x_TI.float() @ weight_OI.float().T
+    return (y_TO if bias_O is None else y_TO + bias_O.float()).to(x_TI.dtype)
 
-    ``cos_T1D`` repeats its half; the first half of ``sin_T1D`` is negated, so that the formula is one multiply-add:
-    ``x * cos + swap_halves(x) * sin``.
-    """
-    x1, x2 = x_TND.float().chunk(2, dim=-1)
-    return (x_TND.float() * cos_T1D.float() + torch.cat((x2, x1), dim=-1) * sin_T1D.float()).to(x_TND.dtype)
+
+def embedding(input_ids_T: Tensor, weight_VD: Tensor) -> Tensor:
+    """Rows of the weight, one per token."""
+    return weight_VD[input_ids_T]
+
+
+def rotary_angles(
+    positions_T: Tensor, frequencies_R: Tensor, scale: float, dtype: torch.dtype
+) -> tuple[Tensor, Tensor]:
+    """(cos, sin) of ``position * frequency``, each times ``scale``; (T, R) in ``dtype``, computed in float32."""
+    angles_TR = positions_T.float()[:, None] * frequencies_R
+    return (angles_TR.cos() * scale).to(dtype), (angles_TR.sin() * scale).to(dtype)
 
 
 def silu_mul(gate_up_TF: Tensor) -> Tensor:

@@ -71,9 +71,18 @@ class TestElementwise:
     def test_rotary_angles(self, num_tokens: int, dtype: torch.dtype):
         positions, frequencies = torch.randint(0, 3000, (num_tokens,)), torch.rand(7)
         outputs = kernels.rotary_angles(positions, frequencies, 1.25, dtype)
-        for output, function in zip(outputs, (torch.cos, torch.sin), strict=True):
-            angles = positions.float()[:, None] * frequencies
-            assert_near(output, (function(angles) * 1.25).to(dtype))
+        for output, expected in zip(outputs, reference.rotary_angles(positions, frequencies, 1.25, dtype), strict=True):
+            assert_near(output, expected)
+
+    @pytest.mark.parametrize("bias", [True, False])
+    def test_linear(self, num_tokens: int, dtype: torch.dtype, bias: bool):
+        x, weight = torch.randn(num_tokens, 13, dtype=dtype), torch.randn(7, 13, dtype=dtype)
+        bias_O = torch.randn(7, dtype=dtype) if bias else None
+        assert_near(kernels.linear(x, weight, bias_O), reference.linear(x, weight, bias_O))
+
+    def test_embedding(self, num_tokens: int, dtype: torch.dtype):
+        ids, weight = torch.randint(0, 9, (num_tokens,)), torch.randn(9, 5, dtype=dtype)
+        assert torch.equal(kernels.embedding(ids, weight), reference.embedding(ids, weight))
 
     def test_silu_mul(self, num_tokens: int, dtype: torch.dtype):
         x = 3 * torch.randn(num_tokens, 2 * 29, dtype=dtype)

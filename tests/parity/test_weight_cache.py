@@ -156,6 +156,20 @@ class TestModel:
         assert not (tmp_path / "cache").exists()
 
 
+@compiled
+@pytest.mark.parametrize("format", ["int8", "int4"])
+def test_a_copy_serves_machines_of_every_instruction_set(format: str):
+    """Or it would have to be named after one."""
+    torch.manual_seed(0)
+    weight_OI = torch.randn(100, 224)
+    expected = linear.pack(weight_OI, format)
+    for isa in library().available():
+        packed = PackedWeight.empty(format, 100, 224)
+        functions = linear._bind(library().with_isa(isa), format)
+        functions.pack(weight_OI.data_ptr(), 100, 224, 100, packed.group_size, 0, packed.data.data_ptr())
+        assert torch.equal(packed.data, expected.data), isa
+
+
 class TestDigest:
     def test_a_copy_of_the_files_with_their_times_is_the_same(self, checkpoint: Path, tmp_path: Path):
         copy = shutil.copytree(checkpoint, tmp_path / "copy")
