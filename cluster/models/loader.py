@@ -6,7 +6,7 @@ import math
 from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal, cast
+from typing import TYPE_CHECKING, Literal, cast
 
 import torch
 from torch import nn
@@ -18,6 +18,9 @@ from cluster.models.registry import FAMILIES, Model
 from cluster.models.tensor_source import CheckpointTensors, RandomTensors
 from cluster.models.weight_cache import CacheKey, WeightCache, checkpoint_digest
 from cluster.models.weights import check_source, find_targets, load_dense
+
+if TYPE_CHECKING:
+    from cluster.kernels.cpu.linear import WeightFormat as PackedFormat
 
 WeightFormat = Literal["float32", "bfloat16", "float16", "int8", "int4"]
 
@@ -91,7 +94,7 @@ class ModelLoader:
         if options.backend.kind == "cpu":
             from cluster.models.packed_weights import PackedLayout
 
-            self._layout = PackedLayout(self._targets, cast("Literal['float32']", options.weights))
+            self._layout = PackedLayout(self._targets, cast("PackedFormat", options.weights))
             self.num_bytes = self._layout.num_bytes
         elif options.weights in ("int8", "int4"):
             from cluster.models.quantized_weights import quantized_bytes
