@@ -265,12 +265,12 @@ class Scheduler:
             if heads[Priority.P0] is not tracked or self._pick(heads) is not Priority.P0:
                 break
             blocks = self._start(plan, tracked)
-            if blocks is not None:
-                budget -= self._compute(plan, tracked, budget, blocks)
-            elif victims := self._running.victims(tracked, self._policy.share):
+            while blocks is None and (victims := self._running.victims(tracked, self._policy.share)):
                 self._preempt(plan, victims[0])
-            else:
+                blocks = self._start(plan, tracked)
+            if blocks is None:
                 break
+            budget -= self._compute(plan, tracked, budget, blocks)
         return budget
 
     def _decode(self, plan: StepPlan, decoding: Sequence[TrackedRequest]) -> int:

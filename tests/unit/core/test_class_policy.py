@@ -93,6 +93,13 @@ def test_what_was_borrowed_while_nobody_else_waited_is_forgiven():
     assert served[P3] >= 90
 
 
+def test_a_small_charge_does_not_forgive_a_large_one():
+    policy = create_policy()
+    policy.charge(P3, 1000, {P0, P3})
+    policy.charge(P3, 10, {P0, P3})
+    assert policy.balance(P3) == pytest.approx(-900)
+
+
 def test_debts_are_paid_while_a_class_does_not_wait():
     policy = create_policy()
     policy.charge(P0, 50, {P0, P3})

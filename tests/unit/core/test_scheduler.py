@@ -135,6 +135,17 @@ def test_lowest_class_then_latest_arrival_is_preempted(priorities: tuple[Priorit
     assert set(harness.ended.values()) == {FinishReason.LENGTH}
 
 
+def test_nobody_is_started_in_the_step_that_preempts():
+    harness = create_full_pool(P1, P1)
+    small = harness.add(num_prompt_tokens=1, priority=P2)
+    schedule = harness.schedule()
+    assert (schedule.preempted, schedule.started) == ((1,), ())
+    assert harness.blocks.num_free_blocks >= 2
+    harness.update()
+    harness.drain()
+    assert small in harness.ended
+
+
 def test_the_preempted_starts_over_with_all_its_tokens():
     harness = create_full_pool(P1, P1)
     started = []

@@ -115,6 +115,17 @@ def test_a_p0_without_blocks_takes_those_of_the_lowest_class_and_no_more_than_it
     harness.drain()
 
 
+def test_who_goes_needs_no_spare_block_any_more():
+    harness = SchedulerHarness(num_blocks=8, block_size=2, max_num_batched_tokens=64)
+    low = harness.add(num_prompt_tokens=4, max_tokens=4, priority=P3)
+    harness.step()
+    urgent = harness.add(num_prompt_tokens=16, max_tokens=1, priority=P0)  # the whole pool
+    schedule = harness.schedule()
+    assert (schedule.preempted, schedule.started) == ((low,), (urgent,))
+    harness.update()
+    harness.drain()
+
+
 def test_nobody_is_preempted_in_vain():
     harness = SchedulerHarness(num_blocks=8, block_size=2, max_num_seqs=4, max_num_batched_tokens=64)
     harness.add(num_prompt_tokens=8, max_tokens=6, priority=P0)
@@ -125,6 +136,21 @@ def test_nobody_is_preempted_in_vain():
     schedule = harness.schedule()
     assert schedule.preempted == ()
     assert harness.live[low].running
+    harness.update()
+    harness.drain()
+
+
+def test_a_p0_starts_in_the_place_it_took_though_its_class_has_had_more_than_its_share():
+    harness = SchedulerHarness(num_blocks=16, max_num_seqs=1, max_num_batched_tokens=8)
+    harness.add(num_prompt_tokens=60, max_tokens=1, priority=P0)
+    harness.step()
+    low = harness.add(num_prompt_tokens=2, max_tokens=9, priority=P3)
+    while not harness.live[low].running:
+        harness.step()
+    # The other class is owed some tokens, and would be next if both waited.
+    urgent = harness.add(num_prompt_tokens=2, max_tokens=2, priority=P0)
+    schedule = harness.schedule()
+    assert (schedule.preempted, schedule.started) == ((low,), (urgent,))
     harness.update()
     harness.drain()
 
@@ -219,6 +245,20 @@ def create_flooded(create: type[Scheduler]) -> SchedulerHarness:
 def test_p3_gets_its_share_under_a_flood_of_p0():
     sampled = sampled_by_class(create_flooded(Scheduler), 800)
     assert sampled[P3] / sampled.total() == pytest.approx(0.1, abs=0.02)
+
+
+def test_generated_tokens_count_as_prompts_do():
+    harness = SchedulerHarness(num_blocks=64, block_size=4, max_num_seqs=6, max_num_batched_tokens=16)
+    num_tokens: Counter[Priority] = Counter()
+    for _ in range(800):
+        waiting = Counter(entry.request.priority for entry in harness.live.values() if not entry.running)
+        for priority, num_prompt_tokens, max_tokens in ((P0, 14, 2), (P3, 2, 14)):
+            if not waiting[priority]:
+                harness.add(num_prompt_tokens=num_prompt_tokens, max_tokens=max_tokens, priority=priority)
+        for share in harness.schedule().scheduled:
+            num_tokens[harness.live[share.sequence_id].request.priority] += share.num_new_tokens
+        harness.update()
+    assert num_tokens[P3] / num_tokens.total() == pytest.approx(0.1, abs=0.02)
 
 
 def test_p3_would_starve_under_strict_order():

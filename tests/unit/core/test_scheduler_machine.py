@@ -24,6 +24,7 @@ def test_random_walk(seed: int) -> None:
     walk(seed, STEPS_PER_WALK * LENGTH)
 
 
+@pytest.mark.timeout(900)
 def test_machine() -> None:
     run_state_machine_as_test(SchedulerMachine, settings=MACHINE)
 

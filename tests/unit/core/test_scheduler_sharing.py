@@ -91,6 +91,23 @@ def test_the_preempted_finds_its_own_blocks():
     harness.drain()
 
 
+def test_what_is_computed_again_in_chunks_is_found_again():
+    harness = SchedulerHarness(num_blocks=4, block_size=4, max_num_seqs=1, max_num_batched_tokens=6)
+    old = harness.add(num_prompt_tokens=4, max_tokens=11, priority=P3, prompt=1, own=0)
+    for _ in range(9):
+        harness.step()
+    urgent = harness.add(num_prompt_tokens=16, priority=P0)  # leaves nothing of it in the pool
+    while urgent in harness.live:
+        harness.step()
+    schedule = harness.schedule()
+    assert (schedule.started, schedule.num_cached_tokens) == ((old,), (0,))
+    while harness.live[old].num_output_tokens == 9:
+        harness.step()
+    harness.cancel(old)
+    same = harness.add(num_prompt_tokens=13, prompt=1, own=0, num_copied_tokens=9)
+    assert cached(harness.schedule()) == {same: 12}
+
+
 def test_siblings_wait_for_the_first_and_fork():
     harness = create_harness(max_num_seqs=8, max_num_batched_tokens=8)
     first = harness.add(num_prompt_tokens=14, max_tokens=5, n=3)
@@ -222,6 +239,23 @@ def test_the_copy_of_a_parked_request_that_ends_is_dropped():
     assert harness.schedule().dropped == (1, 0)
     assert not harness.kv.parked
     harness.update()
+    harness.drain()
+
+
+def test_blocks_of_a_request_that_ends_before_a_step_parks_them_are_not_parked():
+    harness = SchedulerHarness(num_blocks=4, block_size=2, max_in_flight=4, num_park_blocks=8)
+    harness.add(num_prompt_tokens=4)
+    second = harness.add(num_prompt_tokens=2, max_tokens=6)
+    for _ in range(3):
+        harness.schedule()
+    # The first waits for its last token, and the second gives up its own blocks: there is nothing to run.
+    schedule = harness.schedule()
+    assert (schedule.preempted, schedule.scheduled, schedule.parked) == ((second,), (), ())
+    harness.cancel(second)
+    harness.add()
+    schedule = harness.schedule()
+    assert second in schedule.dropped
+    assert schedule.parked == ()
     harness.drain()
 
 
