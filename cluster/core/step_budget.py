@@ -10,7 +10,7 @@ from cluster.core.schedule import Schedule
 
 _FIRST_CHUNK_TOKENS = 64
 _MAX_GROWTH = 2
-_LATE_SHARE = 0.01  # of the steps with decodes: those that may take longer than the target
+_LATE_SHARE = 0.01  # of the steps with decodes and chunks: those that may take longer than the target
 _MARGIN_GAIN = 0.5  # mean deviations by which the margin follows a step
 
 
@@ -21,10 +21,10 @@ class StepBudget:
     attend to, each token of a prompt, and each pair of such a token and one that it attends to: late chunks of a long
     prompt cost more than early ones. The budget is the largest number of prompt tokens with which the fitted time and a
     margin stay within the target. The margin is a quantile of what the fit fell short by, followed by stochastic
-    approximation (Robbins and Monro, 1951), so that about one step in a hundred takes longer than the target whatever
-    noise the machine has. Two bounds hold in any case: a step gets at least ``min_prefill_tokens``, so that prompts get
-    on where decodes alone are beyond the target, and at most twice the largest chunk that was observed, since nothing
-    is known beyond.
+    approximation (Robbins and Monro, 1951), so that of the steps that are cut about one in a hundred takes longer than
+    the target, whatever noise the machine has. Two bounds hold in any case: a step gets at least
+    ``min_prefill_tokens``, so that prompts get on where decodes alone are beyond the target, and at most twice the
+    largest chunk that was observed, since nothing is known beyond.
 
     Where nobody decodes nobody waits for a next token, and ``max_num_batched_tokens`` is the only limit.
 
@@ -76,8 +76,10 @@ class StepBudget:
             else:
                 num_tokens += share.num_new_tokens
                 num_pairs += share.num_new_tokens * (2 * share.num_computed_tokens + share.num_new_tokens) // 2
+        if num_decodes == 0:  # it was not cut: a large one would draw the fit away from those that are
+            return
         shortfall_s = self._fit.observe((1.0, num_decodes, num_context_tokens, num_tokens, num_pairs), duration_s)
-        if num_decodes and self._fit.is_settled:
+        if num_tokens and self._fit.is_settled:
             move = 1 - _LATE_SHARE if shortfall_s > self._margin_s else -_LATE_SHARE
             self._margin_s = max(0.0, self._margin_s + _MARGIN_GAIN * move * self._fit.deviation)
         self._largest_chunk = max(self._largest_chunk, num_tokens)
