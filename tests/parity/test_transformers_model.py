@@ -12,6 +12,7 @@ import torch
 import transformers
 from safetensors.torch import load_file, save_file
 
+from cluster import kernels
 from cluster.errors import CheckpointError, Unsupported
 from cluster.layers.attention import AttentionMetadata
 from cluster.models.transformers_model import TransformersModel
@@ -59,6 +60,18 @@ ARCHITECTURES: dict[str, Callable[[], transformers.PretrainedConfig]] = {
     ),
     "Llama": lambda: transformers.LlamaConfig(**GROUPED),
 }  # fmt: skip
+
+
+@pytest.fixture(autouse=True)
+def torchs_kernels() -> None:
+    """Those that an executor would bind for such a model, whatever ran in this process before."""
+    kernels.use(kernels.backend("torch"))
+
+
+@pytest.fixture(autouse=True)
+def torch_kernels() -> None:
+    """What transformers' modelling code runs on; other tests of this process may have left another backend bound."""
+    kernels.use(kernels.backend("torch"))
 
 
 def create_checkpoint(directory: Path, config: transformers.PretrainedConfig, seed: int = 0) -> Path:
