@@ -63,12 +63,6 @@ ARCHITECTURES: dict[str, Callable[[], transformers.PretrainedConfig]] = {
 
 
 @pytest.fixture(autouse=True)
-def torchs_kernels() -> None:
-    """Those that an executor would bind for such a model, whatever ran in this process before."""
-    kernels.use(kernels.backend("torch"))
-
-
-@pytest.fixture(autouse=True)
 def torch_kernels() -> None:
     """What transformers' modelling code runs on; other tests of this process may have left another backend bound."""
     kernels.use(kernels.backend("torch"))
