@@ -22,15 +22,16 @@ class StepBudget:
     prompt cost more than early ones. The budget is the largest number of prompt tokens with which the fitted time and a
     margin stay within the target. The margin is a quantile of what the fit fell short by, followed by stochastic
     approximation (Robbins and Monro, 1951), so that of the steps that are cut about one in a hundred takes longer than
-    the target, whatever noise the machine has. Two bounds hold in any case: a step gets at least
-    ``min_prefill_tokens``, so that prompts get on where decodes alone are beyond the target, and at most twice the
-    largest chunk that was observed, since nothing is known beyond.
+    the target, whatever noise the machine has. It is at most twice the largest chunk that was observed, since nothing
+    is known beyond. Where decodes leave no room, prompts wait until some have ended: were they let in, there would be
+    more decodes still. Only where a single decode exceeds the target already, so that nothing keeps it, every step
+    gets ``min_prefill_tokens``.
 
     Where nobody decodes nobody waits for a next token, and ``max_num_batched_tokens`` is the only limit.
 
     Args:
         config: target and limit.
-        min_prefill_tokens: what every step may take of prompts.
+        min_prefill_tokens: what a step takes of prompts where the target cannot be kept.
     """
 
     def __init__(self, config: SchedulerConfig, min_prefill_tokens: int) -> None:
@@ -54,15 +55,17 @@ class StepBudget:
         if self._target_s is None or num_decodes == 0:
             return limit
         fixed_s, decode_s, context_s, token_s, pair_s = self._fit.weights
-        left_s = self._target_s - self._margin_s
-        left_s = max(left_s - fixed_s - num_decodes * decode_s - sum(contexts) * context_s, 0.0)
+        left_s = self._target_s - self._margin_s - fixed_s
+        each_s = decode_s + sum(contexts) / num_decodes * context_s
+        least = self._min_prefill_tokens if left_s < each_s else 0
+        left_s = max(left_s - num_decodes * each_s, 0.0)
         token_s += max(pair_s, 0.0) * prefill_start
         # A part that is nil or less is not known yet, or lost in noise.
         fitting = int(left_s / token_s) if token_s > 0.0 else _FIRST_CHUNK_TOKENS
         if token_s > 0.0 and pair_s > 0.0:  # the chunk's tokens attend to each other too: half of them, on average
             fitting = int(left_s / (token_s + pair_s * fitting / 2))
         num_tokens = min(fitting, _MAX_GROWTH * self._largest_chunk)
-        return min(max(num_tokens, self._min_prefill_tokens), limit)
+        return min(max(num_tokens, least), limit)
 
     def observe(self, schedule: Schedule, duration_s: float) -> None:
         """A step has taken so long."""

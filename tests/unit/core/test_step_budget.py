@@ -110,8 +110,15 @@ def test_a_pause_does_not_starve_prompts():
     assert min(num_tokens for num_tokens, _ in run(budget, 20)) > usual / 4
 
 
+def test_prompts_wait_where_only_fewer_decodes_would_keep_the_target():
+    budget = create_budget(10.0)
+    run(budget, 200)
+    assert budget.num_prefill_tokens(64, [CONTEXT] * 64, 0) == 0
+    assert 10 <= budget.num_prefill_tokens(8, [CONTEXT] * 8, 0) <= 26  # 2.6 ms are left, less a margin
+
+
 @pytest.mark.parametrize("target_itl_ms", [0.001, 5.0])
-def test_prompts_get_on_where_decodes_alone_are_beyond_the_target(target_itl_ms: float):
+def test_prompts_get_on_where_no_number_of_decodes_keeps_the_target(target_itl_ms: float):
     budget = create_budget(target_itl_ms)
     run(budget, 200)
     assert budget.num_prefill_tokens(64, [CONTEXT] * 64, 0) == MIN_TOKENS
