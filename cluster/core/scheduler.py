@@ -141,13 +141,16 @@ class Scheduler:
                 prompts[tracked.request.priority].append(tracked)
             elif tracked.num_tokens < tracked.max_num_tokens:
                 decoding.append(tracked)
-        plan = StepPlan(waiting=self._heads(prompts).keys())
+        heads = self._heads(prompts)
+        plan = StepPlan(waiting=heads.keys())
         budget = self._budget.num_prefill_tokens(
             len(decoding),
             (tracked.num_computed_tokens for tracked in decoding),
             max((of_class[0].num_computed_tokens for of_class in prompts if of_class), default=0),
+            # Others' decodes do not keep a class from its share.
+            may_wait=not heads or not self._policy.is_within_share(self._pick(heads)),
         )
-        budget = self._admit_urgent(plan, prompts, budget)
+        budget = self._admit_urgent(plan, prompts, decoding, budget)
         budget += len(decoding) - self._decode(plan, decoding)
         self._prefill(plan, prompts, budget)
         for tracked in self._running.commit():
@@ -252,21 +255,25 @@ class Scheduler:
     def _pick(self, heads: Mapping[Priority, TrackedRequest]) -> Priority:
         return self._policy.pick({priority: head.request.arrival for priority, head in heads.items()})
 
-    def _admit_urgent(self, plan: StepPlan, prompts: _Prompts, budget: int) -> int:
+    def _admit_urgent(self, plan: StepPlan, prompts: _Prompts, decoding: list[TrackedRequest], budget: int) -> int:
         """Starts P0s whose turn it is, in the place of others if need be; returns what is left of the budget.
 
         This comes before all else in a step, so that nobody loses his place after his share of the step is booked.
         """
-        while budget > 0:
+        # Where all decode and no token is left, whoever goes leaves his.
+        while budget > 0 or (self._running.is_full and len(decoding) == len(self._running)):
             tracked = self._waiting.head(Priority.P0)
             if tracked is None:
                 break
             heads = self._heads(prompts)
             if heads[Priority.P0] is not tracked or self._pick(heads) is not Priority.P0:
                 break
-            blocks = self._start(plan, tracked)
+            blocks = self._start(plan, tracked) if budget > 0 else None
             while blocks is None and (victims := self._running.victims(tracked, self._policy.share)):
                 self._preempt(plan, victims[0])
+                if victims[0] in decoding:
+                    decoding.remove(victims[0])
+                    budget += 1
                 blocks = self._start(plan, tracked)
             if blocks is None:
                 break

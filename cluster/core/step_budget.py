@@ -24,8 +24,8 @@ class StepBudget:
     approximation (Robbins and Monro, 1951), so that of the steps that are cut about one in a hundred takes longer than
     the target, whatever noise the machine has. It is at most twice the largest chunk that was observed, since nothing
     is known beyond. Where decodes leave no room, prompts wait until some have ended: were they let in, there would be
-    more decodes still. Only where a single decode exceeds the target already, so that nothing keeps it, every step
-    gets ``min_prefill_tokens``.
+    more decodes still. Only for whom that is too long, and where a single decode exceeds the target already, so that
+    nothing keeps it, a step takes ``min_prefill_tokens``.
 
     Where nobody decodes nobody waits for a next token, and ``max_num_batched_tokens`` is the only limit.
 
@@ -43,13 +43,16 @@ class StepBudget:
         # Scales of the five parts: a first guess of a step's time is nil, and these say how far off it may be.
         self._fit = LinearFit((1.0, 1e-2, 1e-4, 1e-2, 1e-6))
 
-    def num_prefill_tokens(self, num_decodes: int, contexts: Iterable[int], prefill_start: int) -> int:
+    def num_prefill_tokens(
+        self, num_decodes: int, contexts: Iterable[int], prefill_start: int, *, may_wait: bool = True
+    ) -> int:
         """How many tokens of prompts the next step may have.
 
         Args:
             num_decodes: sequences that miss one token.
             contexts: how many tokens each of these attends to.
             prefill_start: how many tokens of a prompt come before its chunk; the most of those that may be next.
+            may_wait: whether prompts can be left until decodes have ended.
         """
         limit = self._max_num_batched_tokens - num_decodes
         if self._target_s is None or num_decodes == 0:
@@ -57,7 +60,7 @@ class StepBudget:
         fixed_s, decode_s, context_s, token_s, pair_s = self._fit.weights
         left_s = self._target_s - self._margin_s - fixed_s
         each_s = decode_s + sum(contexts) / num_decodes * context_s
-        least = self._min_prefill_tokens if left_s < each_s else 0
+        least = 0 if may_wait and left_s >= each_s else self._min_prefill_tokens
         left_s = max(left_s - num_decodes * each_s, 0.0)
         token_s += max(pair_s, 0.0) * prefill_start
         # A part that is nil or less is not known yet, or lost in noise.

@@ -75,6 +75,15 @@ def test_a_p0_preempts_no_p0(others: tuple[Priority, ...]):
     harness.drain()
 
 
+def test_a_p0_takes_a_place_in_a_step_that_is_full_of_decodes():
+    harness = create_running(P3, P3, P3, max_num_batched_tokens=3)
+    urgent = harness.add(num_prompt_tokens=2, max_tokens=2, priority=P0)
+    schedule = harness.schedule()
+    assert {share.sequence_id: share.num_new_tokens for share in schedule.scheduled} == {urgent: 1, 0: 1, 1: 1}
+    harness.update()
+    harness.drain()
+
+
 @pytest.mark.parametrize("priority", [P1, P2, P3])
 def test_only_a_p0_takes_the_place_of_others(priority: Priority):
     harness = create_running(P3, P3)
@@ -216,6 +225,29 @@ def test_everybody_gets_on_though_p0s_come_whenever_it_has_just_been_started():
     assert old in harness.ended
     assert num_preemptions >= 2
     harness.drain()
+
+
+@pytest.mark.parametrize("priority", [P0, P3])
+def test_decodes_beyond_the_target_do_not_keep_others_from_their_share(priority: Priority):
+    harness = SchedulerHarness(num_blocks=1000, max_num_seqs=40, max_num_batched_tokens=64, target_itl_ms=10.0)
+
+    def step() -> list[int]:  # 1 ms, 1 ms for each decode, and 0.1 ms for each token of a prompt
+        schedule = harness.schedule()
+        num_tokens = [share.num_new_tokens for share in schedule.scheduled]
+        duration_ms = 1 + sum(1.0 if each == 1 else 0.1 * each for each in num_tokens)
+        return harness.update(duration_s=duration_ms / 1e3)
+
+    for index in range(1, 61):
+        if index % 3:
+            harness.add(num_prompt_tokens=2 + index % 11, max_tokens=150, priority=P3 if priority is P0 else P0)
+        step()
+    assert harness.scheduler.num_running < 20
+    other = harness.add(num_prompt_tokens=8, max_tokens=1, priority=priority)
+    num_steps = 0
+    while other in harness.live:
+        step()
+        num_steps += 1
+    assert num_steps <= 8
 
 
 class StrictPolicy(ClassPolicy):

@@ -114,6 +114,7 @@ def test_prompts_wait_where_only_fewer_decodes_would_keep_the_target():
     budget = create_budget(10.0)
     run(budget, 200)
     assert budget.num_prefill_tokens(64, [CONTEXT] * 64, 0) == 0
+    assert budget.num_prefill_tokens(64, [CONTEXT] * 64, 0, may_wait=False) == MIN_TOKENS
     assert 10 <= budget.num_prefill_tokens(8, [CONTEXT] * 8, 0) <= 26  # 2.6 ms are left, less a margin
 
 
