@@ -31,6 +31,9 @@ INLINE void block(const product *p, int64_t row, int64_t tile, const int rows, c
     const int8_t *q = p->x.q + row * inputs;
     const float *scale = p->x.scale + row * num_groups;
     const int32_t *q_sum = p->x.sum + row * num_groups;
+    /* Unpacking keeps the first block of rows from asking memory for as much as it gives: the second one, whose weights
+     * are in the cache, fetches those of the next strip. */
+    const int64_t ahead = row == MAX_ROWS && rows == MAX_ROWS ? num_groups * group_lines(group) * stride * 64 : 0;
     f32x16 sum[MAX_ROWS][NUM_TILES] = {};
     for (int64_t g = 0; g < num_groups; g++, weight += group_lines(group) * stride * 64) {
         i32x16 dot[MAX_ROWS][NUM_TILES] = {};
@@ -39,6 +42,7 @@ INLINE void block(const product *p, int64_t row, int64_t tile, const int rows, c
             for (int n = 0; n < tiles; n++) {
                 i32x16 raw;
                 memcpy(&raw, weight + (k / 8 * stride + n) * 64, sizeof raw);
+                if (ahead > 0) __builtin_prefetch(weight + (k / 8 * stride + n) * 64 + ahead, 0, 2);
                 low[n] = bytes_unsigned(raw & 0x0f0f0f0f);
                 high[n] = bytes_unsigned((i32x16)((u32x16)raw >> 4) & 0x0f0f0f0f);
             }
