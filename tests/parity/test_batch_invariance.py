@@ -19,7 +19,7 @@ from cluster.core.step import SampledToken
 from cluster.kernels.cpu.library import library
 from cluster.kernels.cpu.linear import PackedWeight, unpack
 
-pytestmark = pytest.mark.skipif(library() is None, reason="the C kernels are not compiled")
+pytestmark = pytest.mark.skipif(library() is None, reason="the CPU kernels are not compiled")
 
 LENGTHS = (1, 2, 3, 15, 16, 17, 31, 32, 33, 47, 63, 64, 65, 90, 100)
 NUM_SEQS = 33

@@ -37,7 +37,7 @@ def create(request: pytest.FixtureRequest, tmp_path: Path) -> CreateEngine:
     worker: dict[str, Any] = {"kernels": "torch"}
     if request.param != "torch":
         if library() is None:
-            pytest.skip("the CPU kernels are not compiled (no C compiler)")
+            pytest.skip("the CPU kernels are not compiled")
         worker = {"weights": request.param, "weight_cache_dir": None, "kv_cache_dtype": "float32"}
     return partial(create_engine, create_checkpoint(tmp_path), **worker)
 

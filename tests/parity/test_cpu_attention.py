@@ -20,7 +20,7 @@ from cluster.kernels.cpu.library import library
 from cluster.kernels.cpu.program import Arena, record
 
 LIBRARY = library()
-pytestmark = pytest.mark.skipif(LIBRARY is None, reason="the CPU kernels are not compiled (no C compiler)")
+pytestmark = pytest.mark.skipif(LIBRARY is None, reason="the CPU kernels are not compiled")
 ISAS = LIBRARY.available() if LIBRARY else ()
 
 CPU = torch.device("cpu")

@@ -13,7 +13,7 @@ from cluster.kernels.cpu.library import library
 from cluster.kernels.cpu.linear import FORMATS, PackedWeight, linear, pack, unpack
 
 LIBRARY = library()
-pytestmark = pytest.mark.skipif(LIBRARY is None, reason="the CPU kernels are not compiled (no C compiler)")
+pytestmark = pytest.mark.skipif(LIBRARY is None, reason="the CPU kernels are not compiled")
 ISAS = LIBRARY.available() if LIBRARY else ()
 
 # (outputs, inputs): one tile and less, tails of tiles, strips, groups and passes.

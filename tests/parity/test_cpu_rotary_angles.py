@@ -11,7 +11,7 @@ from cluster.kernels import reference
 from cluster.kernels.cpu.library import library
 from cluster.kernels.cpu.rotary import rotary_angles
 
-pytestmark = pytest.mark.skipif(library() is None, reason="the C kernels are not compiled")
+pytestmark = pytest.mark.skipif(library() is None, reason="the CPU kernels are not compiled")
 
 
 @pytest.mark.parametrize("num_frequencies", [1, 9, 32])

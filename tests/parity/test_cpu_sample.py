@@ -19,7 +19,7 @@ from cluster.worker.cpu_sampler import CpuSampler
 from cluster.worker.input_batch import SequenceState
 
 LIBRARY = library()
-pytestmark = pytest.mark.skipif(LIBRARY is None, reason="the CPU kernels are not compiled (no C compiler)")
+pytestmark = pytest.mark.skipif(LIBRARY is None, reason="the CPU kernels are not compiled")
 ISAS = LIBRARY.available() if LIBRARY else ()
 
 # One value, tails of vectors and of chunks, more chunks than a filter's first width, a real one.

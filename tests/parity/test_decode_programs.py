@@ -13,7 +13,7 @@ from cluster.kernels.cpu.library import library
 from cluster.worker.config import WorkerConfig
 from cluster.worker.local_executor import LocalExecutor
 
-pytestmark = pytest.mark.skipif(library() is None, reason="the CPU kernels are not compiled (no C compiler)")
+pytestmark = pytest.mark.skipif(library() is None, reason="the CPU kernels are not compiled")
 
 PROMPTS = [[1, 2, 3], list(range(40)), [7] * 15, list(range(100, 160)), [5]]
 

@@ -20,7 +20,7 @@ from cluster.kernels.cpu.library import library
 CUDA = pytest.param(
     "cuda", marks=[pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")]
 )
-COMPILED = pytest.param("cpu", marks=pytest.mark.skipif(library() is None, reason="the C kernels are not compiled"))
+COMPILED = pytest.param("cpu", marks=pytest.mark.skipif(library() is None, reason="the CPU kernels are not compiled"))
 PLATFORMS = {"cpu": {"device": "cpu"}, "torch": {"device": "cpu", "kernels": "torch"}, "cuda": {"device": "cuda"}}
 LINEAR = {"rope_type": "linear", "rope_theta": 1e4, "factor": 3.0}
 LLAMA3 = {

@@ -14,7 +14,7 @@ from cluster.models.config import ConfigFile
 from cluster.worker.config import WorkerConfig
 from cluster.worker.numbers import Numbers, choose_numbers
 
-compiled = pytest.mark.skipif(library() is None, reason="the C kernels are not compiled")
+compiled = pytest.mark.skipif(library() is None, reason="the CPU kernels are not compiled")
 CPU = torch.device("cpu")
 
 

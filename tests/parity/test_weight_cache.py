@@ -22,7 +22,7 @@ from cluster.kernels.cpu.linear import PackedWeight
 from cluster.models import weight_cache
 from cluster.models.weight_cache import CacheKey, WeightCache, checkpoint_digest
 
-compiled = pytest.mark.skipif(library() is None, reason="the C kernels are not compiled")
+compiled = pytest.mark.skipif(library() is None, reason="the CPU kernels are not compiled")
 PROMPTS = create_prompts((5, 33))
 HEADER = b"\x08\0\0\0\0\0\0\0{}      "
 
