@@ -89,7 +89,8 @@ static void run_task(void *context, int64_t index, int32_t thread) {
 /* scratch: rows * quantized_row_bytes. */
 void OP(linear_int8)(const float *x, int64_t num_rows, int64_t num_inputs, int64_t num_outputs, int64_t group,
                      const uint8_t *weight, const float *bias, float *out, uint8_t *scratch) {
-    product p = {quantized_rows_in(scratch, x, num_rows, num_inputs, group), num_outputs, weight, NULL, bias, out, split_tasks(num_outputs)};
+    product p = {quantized_rows_in(scratch, x, num_rows, num_inputs, group), num_outputs, weight, NULL, bias, out,
+                 split_tasks(num_outputs)};
     p.weight_scale = scales_of(weight, num_outputs, p.x.num_groups * group);
     quantize(&p.x);
     pool_run(num_tasks_of(p.split), run_task, &p);

@@ -86,13 +86,6 @@ INLINE f32v v_min(f32v a, f32v b) {
 
 INLINE f32v v_abs(f32v a) { return (f32v)((i32v)a & 0x7fffffff); }
 
-/* Sum of `count` numbers, a power of two: halves onto each other. */
-INLINE float sum_halves(float *numbers, int count) {
-    for (int half = count / 2; half > 0; half /= 2)
-        for (int i = 0; i < half; i++) numbers[i] += numbers[i + half];
-    return numbers[0];
-}
-
 INLINE float v_max_all(f32v a) {
     float lane[WIDTH];
     v_store(lane, a);

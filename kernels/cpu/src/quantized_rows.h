@@ -20,6 +20,8 @@ typedef struct {
     float value[MAX_OUTLIERS];
 } outliers;
 
+_Static_assert(sizeof(outliers) == 516, "linear.py takes so many bytes of scratch per row");
+
 typedef struct {
     const float *x; /* [rows][inputs] */
     int64_t num_rows, num_inputs, group, num_groups;

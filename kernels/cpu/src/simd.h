@@ -105,13 +105,17 @@ INLINE f32x16 f32_min(f32x16 a, f32x16 b) {
 
 INLINE f32x16 f32_abs(f32x16 a) { return (f32x16)((i32x16)a & ((i32x16){} + 0x7fffffff)); }
 
-/* Sum of the lanes, always in the same order: halves onto each other. */
+/* Sum of `count` numbers, a power of two, always in the same order: halves onto each other. */
+INLINE float sum_halves(float *numbers, int count) {
+    for (int half = count / 2; half > 0; half /= 2)
+        for (int i = 0; i < half; i++) numbers[i] += numbers[i + half];
+    return numbers[0];
+}
+
 INLINE float f32_sum(f32x16 a) {
     float lane[LANES];
     f32_store(lane, a);
-    for (int width = LANES / 2; width > 0; width /= 2)
-        for (int i = 0; i < width; i++) lane[i] += lane[i + width];
-    return lane[0];
+    return sum_halves(lane, LANES);
 }
 
 INLINE float f32_max_all(f32x16 a) {
