@@ -24,6 +24,7 @@ class ModelInfo:
         kernels: in use, e.g. ``"cpu avx512"``, ``"torch"``.
         weights: number format of the matrices, e.g. ``"int8"``.
         kv_cache_dtype: of cached keys and values.
+        tp_size, pp_size: shards of each stage, and stages, of the replica.
         batch_invariant: a request's tokens and log probabilities are the same bit for bit alone and in any batch.
     """
 
@@ -41,6 +42,8 @@ class ModelInfo:
     kv_cache_dtype: str = "float32"
     batch_invariant: bool = False
     block_bytes: int = 0
+    tp_size: int = 1
+    pp_size: int = 1
 
     @property
     def kv_capacity_tokens(self) -> int:
