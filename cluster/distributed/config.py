@@ -18,7 +18,7 @@ class ParallelConfig:
         tp: shards that hold a part of every layer each; auto takes the fewest that fit the devices.
         pp: stages that hold some of the layers each; auto takes the fewest that fit the devices.
         communicator: between shards. auto: nccl on CUDA; on CPU shm on one host and gloo across hosts.
-        start_timeout_s: how long each of a shard's start-up stages may take: to be placed, to join, to load, to warm up.
+        start_timeout_s: how long each of a shard's start-up stages may take: placed, joined, loaded, warmed.
         step_timeout_s: a shard that keeps a step longer than that is taken for hung, and its group ends.
     """
 
