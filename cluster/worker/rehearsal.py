@@ -9,7 +9,7 @@ from cluster.core.request import SamplingParams
 from cluster.core.step import NewSequence, ScheduledSequence, StepInput
 from cluster.models.registry import Model
 from cluster.worker.input_batch import InputBatch
-from cluster.worker.kv_cache import KVCacheShape
+from cluster.worker.kv_cache import KVCacheShape, kv_budget
 from cluster.worker.model_runner import ModelRunner
 
 _SAMPLING = SamplingParams(temperature=1.0, top_p=0.9, seed=0, logprobs=1)
@@ -57,3 +57,36 @@ def rehearse(
     )
     runner.execute(StepInput(step_id=0, new=prompts, scheduled=prefill, dropped=()))
     runner.execute(StepInput(step_id=1, new=(), scheduled=decode, dropped=()))
+
+
+def free_beside_activations(
+    model: Model,
+    shape: KVCacheShape,
+    dtype: torch.dtype,
+    device: torch.device,
+    utilization: float,
+    *,
+    num_seqs: int,
+    num_tokens: int,
+) -> int:
+    """Bytes that are left for the KV pool of a CUDA device beside the weights and the activations of the largest step,
+    measured.
+
+    Args:
+        shape, dtype, num_seqs, num_tokens: as in ``rehearse``.
+        utilization: share of the device that may be taken, in (0, 1].
+    """
+    torch.cuda.empty_cache()
+    torch.cuda.reset_peak_memory_stats(device)
+    before = torch.cuda.memory_allocated(device)
+    rehearse(model, shape, dtype, device, num_seqs=num_seqs, num_tokens=num_tokens)
+    activations = torch.cuda.max_memory_allocated(device) - before
+    torch.cuda.empty_cache()
+    free, total = torch.cuda.mem_get_info(device)
+    return kv_budget(
+        free=free,
+        total=total,
+        held=torch.cuda.memory_reserved(device),
+        activations=activations,
+        utilization=utilization,
+    )

@@ -18,7 +18,7 @@ from cluster.core.step import NewSequence, ScheduledSequence, StepInput
 from cluster.engine.submission import Submission
 from cluster.errors import CheckpointError, ConfigError, EngineFault
 from cluster.kernels.cpu.library import library
-from cluster.worker import local_executor
+from cluster.worker import shard
 from cluster.worker.config import WorkerConfig
 from cluster.worker.kv_cache import KVCacheShape, check_weights_fit, count_blocks, kv_budget, step_bytes
 from cluster.worker.local_executor import LocalExecutor
@@ -194,7 +194,7 @@ class TestMemory:
 
     def test_the_largest_step_has_room_beside_the_pool(self, checkpoint: Path, monkeypatch: pytest.MonkeyPatch):
         """A pool that fits alone is refused where the step that the configuration allows would not fit beside it."""
-        monkeypatch.setattr(local_executor, "free_memory", lambda device: 2**24)
+        monkeypatch.setattr(shard, "free_memory", lambda device: 2**24)
         assert create_executor(checkpoint, kv_cache_bytes=2**23)
         config = WorkerConfig(device="cpu", num_threads=1, kv_cache_bytes=2**23)
         with pytest.raises(ConfigError, match=r"asks for 8\.000 MiB, but .* are free"):
