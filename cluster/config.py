@@ -16,12 +16,15 @@ from typing import Any
 import yaml
 from pydantic import TypeAdapter, ValidationError
 
+from cluster.distributed.config import ParallelConfig
 from cluster.errors import ConfigError
 from cluster.gateway.config import GatewayConfig
 from cluster.serve.config import LoggingConfig, ModelConfig, RayConfig
 
 _UNITS = {"B": 1, "KiB": 2**10, "MiB": 2**20, "GiB": 2**30, "KB": 10**3, "MB": 10**6, "GB": 10**9}
 _SIZE = r"\s*(\d+(?:\.\d+)?)\s*([KMG]i?B|B)?\s*"
+# Sections that may be written as one word.
+_WORDS: dict[type, dict[str, dict[str, str]]] = {ParallelConfig: {"auto": {"tp": "auto", "pp": "auto"}}}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -71,7 +74,8 @@ def load_config(path: Path | str) -> ClusterConfig:
 
 
 def parse_config(tree: object) -> ClusterConfig:
-    """The configuration of an untyped tree, as YAML or JSON give it. Sizes may be written like ``"2GiB"``.
+    """The configuration of an untyped tree, as YAML or JSON give it. Sizes may be written like ``"2GiB"``, and
+    ``parallel: auto`` stands for ``parallel: {tp: auto, pp: auto}``.
 
     Raises:
         ConfigError: something in it is wrong; every problem is listed with its path.
@@ -79,11 +83,14 @@ def parse_config(tree: object) -> ClusterConfig:
     if not isinstance(tree, dict):
         raise ConfigError("the configuration must be a mapping that has at least 'models:'")
     try:
-        return _adapter().validate_python(_with_sizes_in_bytes(ClusterConfig, tree))
+        return _adapter().validate_python(_written_out(ClusterConfig, tree))
     except ValidationError as error:
-        problems = [_problem(detail) for detail in error.errors(include_url=False)]
-        text = "; ".join(f"{path}: {problem}" for path, problem in problems)
-        raise ConfigError(text, field=problems[0][0]) from error
+        problems: dict[str, str] = {}
+        for detail in error.errors(include_url=False):
+            path, problem = _problem(detail)
+            problems.setdefault(path, problem)
+        text = "; ".join(f"{path}: {problem}" for path, problem in problems.items())
+        raise ConfigError(text, field=next(iter(problems))) from error
 
 
 def effective_config(config: ClusterConfig) -> dict[str, Any]:
@@ -102,6 +109,10 @@ def json_schema() -> dict[str, Any]:
             value["description"] = descriptions[name]
             if name.endswith("_bytes"):
                 _allow_size(value)
+        for name, hint in typing.get_type_hints(cls).items():
+            for part in _named_dataclasses(hint):
+                if part in _WORDS:
+                    _allow_words(node["properties"][name], list(_WORDS[part]))
     return schema
 
 
@@ -133,8 +144,12 @@ def _adapter() -> TypeAdapter[ClusterConfig]:
     return TypeAdapter(ClusterConfig)
 
 
-def _with_sizes_in_bytes(cls: type, tree: Any) -> Any:
-    """A copy of the tree in which fields called ``*_bytes`` hold numbers; what is out of place is left for pydantic."""
+def _written_out(cls: type, tree: Any) -> Any:
+    """A copy of the tree in which fields called ``*_bytes`` hold numbers, and sections that are one word what it stands
+    for; what is out of place is left for pydantic.
+    """
+    if isinstance(tree, str):
+        return _WORDS.get(cls, {}).get(tree, tree)
     if not isinstance(tree, dict):
         return tree
     hints = typing.get_type_hints(cls)
@@ -144,9 +159,9 @@ def _with_sizes_in_bytes(cls: type, tree: Any) -> Any:
             value = _size(value)
         for part in _named_dataclasses(hints.get(key)):
             if isinstance(value, list):
-                value = [_with_sizes_in_bytes(part, item) for item in value]
+                value = [_written_out(part, item) for item in value]
             else:
-                value = _with_sizes_in_bytes(part, value)
+                value = _written_out(part, value)
         result[key] = value
     return result
 
@@ -171,6 +186,8 @@ def _problem(detail: Any) -> tuple[str, str]:
         return ".".join(part for part in (path, cause.field) if part), cause.message
     if kind in ("missing", "missing_argument"):
         return path, "is required"
+    if location[-1] in ("int", "literal['auto']"):  # pydantic's names for the two halves of a Size
+        return path.rpartition(".")[0], f"must be a whole number or auto, not {value!r}"
     if path.endswith("_bytes"):
         return path, f"{value!r} is no size; write bytes, or a number with {', '.join(_UNITS)}"
     if kind == "tuple_type":
@@ -191,6 +208,11 @@ def _attribute_docs(cls: type) -> dict[str, str]:
     section = inspect.getdoc(cls).partition("Attributes:\n")[2]  # type: ignore[union-attr]
     entries = re.findall(r"^    (\w+): (.*(?:\n {8}.*)*)", section, flags=re.MULTILINE)
     return {name: " ".join(text.split()) for name, text in entries}
+
+
+def _allow_words(node: dict[str, Any], words: list[str]) -> None:
+    """Lets a section be written as one of the words, as the loader does."""
+    node["anyOf"] = [{"$ref": node.pop("$ref")}, {"enum": words}]
 
 
 def _allow_size(node: dict[str, Any]) -> None:

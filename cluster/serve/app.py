@@ -142,17 +142,20 @@ class Cluster:
 
         quieten()
         self._enter("starting Serve")
-        resources = ray.cluster_resources()
-        available = Resources(num_cpus=resources.get("CPU", 0.0), num_gpus=resources.get("GPU", 0.0))
+        nodes = [
+            Resources(num_cpus=node["Resources"].get("CPU", 0.0), num_gpus=node["Resources"].get("GPU", 0.0))
+            for node in ray.nodes()
+            if node["Alive"]
+        ]
         if self._ray:
-            placements, gateway_cpus = place_locally(self._config.models, available), LOCAL_GATEWAY_CPUS
+            placements, gateway_cpus = place_locally(self._config.models, nodes[0]), LOCAL_GATEWAY_CPUS
             if self._config.gateway.port == 0:
                 # Chosen here, so that a gateway that is built again takes the same.
                 gateway = replace(self._config.gateway, port=free_port(self._config.gateway.host))
                 self._config = replace(self._config, gateway=gateway)
         else:
             self._find_serve()
-            placements, gateway_cpus = place_anywhere(self._config.models, available), 1.0
+            placements, gateway_cpus = place_anywhere(self._config.models, nodes), 1.0
         serve.start(proxy_location="Disabled")
         self._enter("starting gateway and replicas")
         await_startup(self._start_id)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import secrets
 from collections.abc import Sequence
+from typing import Any
 
 from ray import serve
 from ray.serve import Application
@@ -19,6 +20,22 @@ _STOP_MARGIN_S = 10.0
 # A first start that fails would fail again; what dies later is rebuilt without limit.
 _MAX_CONSTRUCTOR_RETRIES = 1
 _QUIET = {"log_level": "WARNING", "enable_access_log": False}
+
+
+def _reservation(placement: ReplicaPlacement, runtime_env: dict[str, Any]) -> dict[str, Any]:
+    """A deployment's options that say what each replica reserves, and where."""
+    model = placement.model
+    if model.parallel.is_single:
+        options = {"num_cpus": placement.shard.num_cpus, "num_gpus": placement.shard.num_gpus, **runtime_env}
+        if model.accelerator_type:
+            options["accelerator_type"] = model.accelerator_type
+        return {"ray_actor_options": options}
+    return {
+        # The engine, in the first bundle; its shards take the rest.
+        "ray_actor_options": {"num_cpus": placement.engine_cpus, **runtime_env},
+        "placement_group_bundles": placement.bundles,
+        "placement_group_strategy": placement.strategy,
+    }
 
 
 def create_application(
@@ -49,7 +66,7 @@ def create_application(
             ModelReplica,
             name=f"model-{model.name}",
             num_replicas=model.replicas,
-            ray_actor_options={"num_cpus": placement.num_cpus, "num_gpus": placement.num_gpus, **runtime_env},
+            **_reservation(placement, runtime_env),
             health_check_period_s=2,
             # Being busy is not being ill: the check itself looks for progress.
             health_check_timeout_s=60,

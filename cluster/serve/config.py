@@ -6,6 +6,7 @@ from dataclasses import dataclass, field
 from pathlib import PurePosixPath
 from typing import Literal
 
+from cluster.distributed.config import ParallelConfig
 from cluster.engine.config import EngineConfig
 from cluster.errors import require
 from cluster.worker.config import WorkerConfig
@@ -19,9 +20,11 @@ class ModelConfig:
         name: what clients call it; unset: the last part of its path.
         path: "demo" (the embedded model), a Hugging Face directory, or a Hub id.
         replicas: how many engines serve it.
-        num_cpus: Ray CPUs that each replica reserves; unset: 1 on a GPU, a share of the machine on CPU.
-        num_gpus: GPUs that each replica reserves; unset: 1 where the worker's device is CUDA, else 0.
-        worker: device, number format and memory.
+        parallel: shards of each replica, and how they talk; the word auto takes the fewest that fit the devices.
+        num_cpus: Ray CPUs that each shard reserves; unset: 1, on a local Ray a share of the machine.
+        num_gpus: GPUs that each shard reserves; unset: 1 where the worker's device is CUDA, else 0.
+        accelerator_type: what Ray calls the devices that shards may run on, e.g. H100; unset: any.
+        worker: device, number format and memory of each shard.
         engine: batch and queue limits.
         startup_timeout_s: a replica that is not ready by then stops start-up.
         drain_timeout_s: how long running sequences may take to finish when a replica stops.
@@ -30,8 +33,10 @@ class ModelConfig:
     path: str
     name: str = ""
     replicas: int = 1
+    parallel: ParallelConfig = field(default_factory=ParallelConfig)
     num_cpus: float | None = None
     num_gpus: float | None = None
+    accelerator_type: str | None = None
     worker: WorkerConfig = field(default_factory=WorkerConfig)
     engine: EngineConfig = field(default_factory=EngineConfig)
     startup_timeout_s: float = 600.0

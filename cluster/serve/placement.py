@@ -2,94 +2,177 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from typing import Literal
 
 from cluster.errors import ConfigError
 from cluster.serve.config import ModelConfig
 
 # The gateway's share of a machine where everything runs on one.
 LOCAL_GATEWAY_CPUS = 0.1
+# What Ray's own examples take of an accelerator type's resource: enough to be sent there, too little to fill it.
+_ACCELERATOR_SHARE = 0.001
 
 
 @dataclass(frozen=True, kw_only=True)
 class Resources:
-    """What Ray has to give. CPUs are Ray's logical ones."""
+    """What a node has to give, or something reserves. CPUs are Ray's logical ones."""
 
     num_cpus: float
     num_gpus: float
+
+    def count(self, part: Resources) -> int:
+        """How often ``part`` goes into this."""
+        pairs = ((self.num_cpus, part.num_cpus), (self.num_gpus, part.num_gpus))
+        return min((int(have / need + 1e-6) for have, need in pairs if need), default=2**31)
 
 
 @dataclass(frozen=True, kw_only=True)
 class ReplicaPlacement:
-    """A model with its device decided, and what each of its replicas reserves."""
+    """A model with its device decided, and what each of its replicas reserves.
+
+    A replica of one shard is one actor. One of several is a placement group: a bundle for each pipeline stage, which
+    holds all its shards, and in the first one also the engine. A bundle lies on one node.
+
+    Attributes:
+        shard: reserved by each shard.
+        engine_cpus: reserved by the engine of a group; 0 where the only shard runs in the engine's process.
+        strategy: of the placement group. PACK spreads stages over nodes where one node is not enough.
+    """
 
     model: ModelConfig
-    num_cpus: float
-    num_gpus: float
+    shard: Resources
+    engine_cpus: float = 0.0
+    strategy: Literal["PACK", "STRICT_PACK"] = "PACK"
+
+    @property
+    def stages(self) -> list[Resources]:
+        """What each pipeline stage reserves on one node, the engine with the first."""
+        tp, pp = _sizes(self.model)
+        return [
+            Resources(
+                # Ray counts to 1e-4; a sum of floats may be off by a hair.
+                num_cpus=round(tp * self.shard.num_cpus + (0.0 if stage else self.engine_cpus), 4),
+                num_gpus=tp * self.shard.num_gpus,
+            )
+            for stage in range(pp)
+        ]
+
+    @property
+    def replica(self) -> Resources:
+        """What a replica reserves in all."""
+        stages = self.stages
+        return Resources(
+            num_cpus=sum(stage.num_cpus for stage in stages), num_gpus=sum(stage.num_gpus for stage in stages)
+        )
+
+    @property
+    def bundles(self) -> list[dict[str, float]]:
+        """The stages as Ray's placement groups take them."""
+        accelerator = {f"accelerator_type:{self.model.accelerator_type}": _ACCELERATOR_SHARE}
+        return [
+            {"CPU": stage.num_cpus}
+            | ({"GPU": stage.num_gpus} if stage.num_gpus else {})
+            | (accelerator if self.model.accelerator_type else {})
+            for stage in self.stages
+        ]
 
 
-def place_locally(models: tuple[ModelConfig, ...], machine: Resources) -> list[ReplicaPlacement]:
-    """Shares one machine out: every CPU replica gets the same part of the cores, for Ray and for its threads.
+def place_locally(models: Sequence[ModelConfig], machine: Resources) -> list[ReplicaPlacement]:
+    """Shares one machine out: every CPU shard gets the same part of the cores, for Ray and for its threads.
 
     Raises:
         ConfigError: the models ask for more than there is.
     """
-    num_replicas = sum(model.replicas for model in models)
-    # Replicas that each used all cores would slow each other down far more than by their share.
-    num_threads = max(1, int(machine.num_cpus) // num_replicas)
+    num_shards = sum(model.replicas * _num_shards(model) for model in models)
+    num_processes = num_shards + sum(model.replicas for model in models if _num_shards(model) > 1)
+    # Shards that each used all cores would slow each other down far more than by their share.
+    num_threads = max(1, int(machine.num_cpus) // num_shards)
     # Rounded down to what Ray can count (1e-4 CPU).
-    share = int((machine.num_cpus - LOCAL_GATEWAY_CPUS) / num_replicas * 1e4) / 1e4
+    share = min(1.0, int((machine.num_cpus - LOCAL_GATEWAY_CPUS) / num_processes * 1e4) / 1e4)
     placements = []
     for model in models:
-        placement = _decide_device(model, machine)
-        if placement.num_gpus == 0 and model.worker.num_threads is None:
+        placement = _place(model, machine.num_gpus, cpus=share)
+        if placement.shard.num_gpus == 0 and model.worker.num_threads is None:
             worker = replace(placement.model.worker, num_threads=num_threads)
             placement = replace(placement, model=replace(placement.model, worker=worker))
-        if model.num_cpus is None:
-            placement = replace(placement, num_cpus=min(1.0, share))
-        placements.append(placement)
-    check_fit(placements, machine, gateway_cpus=LOCAL_GATEWAY_CPUS)
+        placements.append(replace(placement, strategy="STRICT_PACK"))
+    check_fit(placements, [machine], gateway_cpus=LOCAL_GATEWAY_CPUS)
     return placements
 
 
-def place_anywhere(models: tuple[ModelConfig, ...], cluster: Resources | None) -> list[ReplicaPlacement]:
+def place_anywhere(models: Sequence[ModelConfig], nodes: Sequence[Resources] | None) -> list[ReplicaPlacement]:
     """Placements on a cluster that exists; None where it is not known what it has (it may grow later).
 
     Raises:
         ConfigError: the models ask for more than there is.
     """
-    placements = [_decide_device(model, cluster or Resources(num_cpus=0, num_gpus=0)) for model in models]
-    if cluster is not None:
-        check_fit(placements, cluster, gateway_cpus=1)
-    return placements
+    num_gpus = sum(node.num_gpus for node in nodes or ())
+    placements = [_place(model, num_gpus, cpus=1.0) for model in models]
+    if nodes is None:
+        return placements
+    check_fit(placements, nodes, gateway_cpus=1)
+    return [
+        # A node that could not hold all of them whole must not keep one waiting for it.
+        replace(placement, strategy="STRICT_PACK")
+        if sum(node.count(placement.replica) for node in nodes) >= placement.model.replicas
+        else placement
+        for placement in placements
+    ]
 
 
-def check_fit(placements: list[ReplicaPlacement], available: Resources, *, gateway_cpus: float) -> None:
+def check_fit(placements: Sequence[ReplicaPlacement], nodes: Sequence[Resources], *, gateway_cpus: float) -> None:
     """Raises ConfigError where Ray would wait for resources that it does not have."""
-    cpus = gateway_cpus + sum(placement.num_cpus * placement.model.replicas for placement in placements)
-    gpus = sum(placement.num_gpus * placement.model.replicas for placement in placements)
-    if gpus > available.num_gpus:
+    gpus = sum(placement.replica.num_gpus * placement.model.replicas for placement in placements)
+    cpus = sum(placement.replica.num_cpus * placement.model.replicas for placement in placements) + gateway_cpus
+    all_gpus, all_cpus = sum(node.num_gpus for node in nodes), sum(node.num_cpus for node in nodes)
+    if gpus > all_gpus:
         raise ConfigError(
-            f"the models ask for {gpus:g} GPUs and Ray has {available.num_gpus:g}: lower replicas or num_gpus, or set "
+            f"the models ask for {gpus:g} GPUs and Ray has {all_gpus:g}: lower replicas, parallel or num_gpus, or set "
             "worker.device to cpu",
             field="models",
         )
-    if cpus > available.num_cpus + 1e-6:
+    if cpus > all_cpus + 1e-6:
         raise ConfigError(
-            f"gateway and replicas ask for {cpus:g} CPUs and Ray has {available.num_cpus:g}: lower replicas or "
+            f"gateway and replicas ask for {cpus:g} CPUs and Ray has {all_cpus:g}: lower replicas, parallel or "
             "num_cpus",
             field="models",
         )
+    for placement in placements:
+        for stage in placement.stages:
+            if not any(node.count(stage) for node in nodes):
+                raise ConfigError(
+                    f"a stage of model {placement.model.name!r} has {_sizes(placement.model)[0]} shards that need "
+                    f"{stage.num_gpus:g} GPUs and {stage.num_cpus:g} CPUs on one node, and no node has them: lower "
+                    "parallel.tp, and raise parallel.pp, which spreads over nodes",
+                    field="models",
+                )
 
 
-def _decide_device(model: ModelConfig, available: Resources) -> ReplicaPlacement:
+def _sizes(model: ModelConfig) -> tuple[int, int]:
+    """tp and pp, which have been decided by now."""
+    tp, pp = model.parallel.tp, model.parallel.pp
+    if tp == "auto" or pp == "auto":
+        raise ConfigError(f"the sizes of model {model.name!r} are not decided", field="parallel")
+    return tp, pp
+
+
+def _num_shards(model: ModelConfig) -> int:
+    tp, pp = _sizes(model)
+    return tp * pp
+
+
+def _place(model: ModelConfig, available_gpus: float, *, cpus: float) -> ReplicaPlacement:
+    """The device decided; ``cpus`` for each process where the model does not say."""
     device = model.worker.device
     if device == "auto":
-        # A replica without a reservation sees no GPU, so the choice is made here.
-        device = "cpu" if model.num_gpus == 0 or available.num_gpus < 1 else "cuda"
+        # A shard without a reservation sees no GPU, so the choice is made here.
+        device = "cpu" if model.num_gpus == 0 or available_gpus < 1 else "cuda"
     num_gpus = model.num_gpus if model.num_gpus is not None else float(device == "cuda")
+    num_cpus = cpus if model.num_cpus is None else model.num_cpus
     return ReplicaPlacement(
         model=replace(model, worker=replace(model.worker, device=device)),
-        num_cpus=1.0 if model.num_cpus is None else model.num_cpus,
-        num_gpus=num_gpus,
+        shard=Resources(num_cpus=num_cpus, num_gpus=num_gpus),
+        engine_cpus=min(num_cpus, 1.0) if _num_shards(model) > 1 else 0.0,
     )

@@ -53,6 +53,10 @@ def test_the_effective_tree_parses_to_the_same_configuration():
             "at least max_num_seqs, 64",
         ),
         (model() | {"gateway": {"port": 65536}}, "gateway.port", "must be in"),
+        (model(parallel={"tp": 0}), "models.0.parallel.tp", "must be at least 1, or auto"),
+        (model(parallel={"pp": "two"}), "models.0.parallel.pp", "must be a whole number or auto, not 'two'"),
+        (model(parallel={"tpp": 2}), "models.0.parallel.tpp", "did you mean 'tp'"),
+        (model(parallel="all"), "models.0.parallel", "not 'all'"),
         ({"models": [DEMO, DEMO]}, "models.1.name", "two models are called 'demo'"),
     ],
 )
@@ -98,6 +102,17 @@ def test_sizes(text, size):
     config = parse_config(model() | {"ray": {"object_store_bytes": text}})
     assert config.ray.object_store_bytes == size
     jsonschema.validate(model() | {"ray": {"object_store_bytes": text}}, json_schema())
+
+
+@pytest.mark.parametrize(
+    ("parallel", "sizes"), [("auto", ("auto", "auto")), ({"tp": 2}, (2, 1)), ({"tp": "auto", "pp": 4}, ("auto", 4))]
+)
+def test_parallel_is_a_section_or_one_word(parallel, sizes):
+    tree = model(parallel=parallel)
+    jsonschema.validate(tree, json_schema())
+    config = parse_config(tree)
+    assert (config.models[0].parallel.tp, config.models[0].parallel.pp) == sizes
+    assert parse_config(effective_config(config)) == config
 
 
 @pytest.mark.parametrize("file", EXAMPLES, ids=lambda path: path.name)
