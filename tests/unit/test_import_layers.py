@@ -118,10 +118,8 @@ def test_only_serve_imports_ray():
     assert [path for path in importers if not path.startswith("cluster/serve/")] == []
 
 
-@pytest.mark.parametrize(
-    "part", ["core", "engine", "gateway", "text", "client", "cli", "serve", "observability", "distributed"]
-)
-def test_kernels_are_reached_through_models_alone(part):
+@pytest.mark.parametrize("part", ["core", "engine", "gateway", "text", "client", "cli", "serve", "observability"])
+def test_kernels_are_reached_through_models_and_communicators_alone(part):
     imports = imports_in(f"cluster/{part}")
     assert [path for path, names in imports.items() if any(under(name, "cluster.kernels") for name in names)] == []
 
