@@ -79,6 +79,57 @@ _CONFIGS: dict[str, dict[str, Any]] = {
         "eos_token_id": 128_001,
     },
 }
+_UNTIED_LLAMA = _PLAIN | {
+    "architectures": ["LlamaForCausalLM"],
+    "model_type": "llama",
+    "rms_norm_eps": 1e-5,
+    "tie_word_embeddings": False,
+    "bos_token_id": 1,
+    "eos_token_id": 2,
+}
+_CONFIGS |= {
+    "llama-2-7b": _UNTIED_LLAMA
+    | {
+        "vocab_size": 32_000,
+        "hidden_size": 4096,
+        "intermediate_size": 11_008,
+        "num_hidden_layers": 32,
+        "num_attention_heads": 32,
+        "num_key_value_heads": 32,
+        "max_position_embeddings": 4096,
+        "rope_theta": 10_000.0,
+    },
+    # Its own code merges queries, keys and values; the sizes are those of a Llama.
+    "internlm2-20b": _UNTIED_LLAMA
+    | {
+        "vocab_size": 92_544,
+        "hidden_size": 6144,
+        "intermediate_size": 16_384,
+        "num_hidden_layers": 48,
+        "num_attention_heads": 48,
+        "num_key_value_heads": 8,
+        "max_position_embeddings": 32_768,
+        "rope_theta": 1_000_000.0,
+    },
+    "yi-34b": _UNTIED_LLAMA
+    | {
+        "vocab_size": 64_000,
+        "hidden_size": 7168,
+        "intermediate_size": 20_480,
+        "num_hidden_layers": 60,
+        "num_attention_heads": 56,
+        "num_key_value_heads": 8,
+        "max_position_embeddings": 4096,
+        "rope_theta": 5_000_000.0,
+    },
+    "llama-3.1-70b": _CONFIGS["llama-3.1-8b"]
+    | {
+        "hidden_size": 8192,
+        "intermediate_size": 28_672,
+        "num_hidden_layers": 80,
+        "num_attention_heads": 64,
+    },
+}
 SHAPE_NAMES = ("demo", *_CONFIGS)
 
 
