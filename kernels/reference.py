@@ -33,9 +33,17 @@ def linear(x_TI: Tensor, weight_OI: Tensor, bias_O: Tensor | None = None) -> Ten
     return (y_TO if bias_O is None else y_TO + bias_O.float()).to(x_TI.dtype)
 
 
-def embedding(input_ids_T: Tensor, weight_VD: Tensor) -> Tensor:
-    """Rows of the weight, one per token."""
-    return weight_VD[input_ids_T]
+def embedding(input_ids_T: Tensor, weight_VD: Tensor, *, first_id: int | None = None) -> Tensor:
+    """Rows of the weight, one per token.
+
+    Args:
+        first_id: of the weight, which holds part of a vocabulary: all other ids give zeros. None: it holds all ids.
+    """
+    if first_id is None:
+        return weight_VD[input_ids_T]
+    is_held_T = (input_ids_T >= first_id) & (input_ids_T < first_id + len(weight_VD))
+    rows_TD = weight_VD[(input_ids_T - first_id).clamp(0, len(weight_VD) - 1)]
+    return torch.where(is_held_T[:, None], rows_TD, 0)
 
 
 def rotary_angles(

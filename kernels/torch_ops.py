@@ -14,8 +14,19 @@ def linear(x_TI: Tensor, weight_OI: Tensor, bias_O: Tensor | None = None) -> Ten
     return F.linear(x_TI, weight_OI, bias_O)
 
 
-def embedding(input_ids_T: Tensor, weight_VD: Tensor) -> Tensor:
-    return F.embedding(input_ids_T, weight_VD)
+def embedding(input_ids_T: Tensor, weight_VD: Tensor, *, first_id: int | None = None) -> Tensor:
+    if first_id is None:
+        return F.embedding(input_ids_T, weight_VD)
+    rows_T, is_foreign_T1 = held_rows(input_ids_T, first_id, len(weight_VD))
+    return F.embedding(rows_T, weight_VD).masked_fill_(is_foreign_T1, 0)
+
+
+def held_rows(input_ids_T: Tensor, first_id: int, num_rows: int) -> tuple[Tensor, Tensor]:
+    """(row of each id in a weight that holds ``num_rows`` ids from ``first_id`` on, any row for others; (T, 1): which
+    are others)."""
+    rows_T = input_ids_T - first_id
+    held_T = rows_T.clamp(0, num_rows - 1)
+    return held_T, (held_T != rows_T)[:, None]
 
 
 def rms_norm(x: Tensor, weight_D: Tensor, eps: float, *, out: Tensor | None = None) -> Tensor:

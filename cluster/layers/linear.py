@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from cluster import kernels
+from cluster.layers.span import Span
 
 
 class Linear(nn.Module):
@@ -34,12 +35,16 @@ class MergedLinear(Linear):
 
     In a checkpoint the parts are the siblings of this module: ``self_attn.q_proj`` for the part ``q_proj`` of
     ``self_attn.qkv_proj``.
+
+    Attributes:
+        parts: Hugging Face module name to the rows of its matrix that lie here.
     """
 
-    def __init__(self, in_features: int, parts: Mapping[str, int], *, bias: bool = False) -> None:
+    def __init__(self, in_features: int, parts: Mapping[str, int | Span], *, bias: bool = False) -> None:
         """
         Args:
-            parts: Hugging Face module name to output size.
+            parts: a number means a whole matrix of so many rows.
         """
-        super().__init__(in_features, sum(parts.values()), bias=bias)
-        self.parts = dict(parts)
+        spans = {name: Span.whole(rows) if isinstance(rows, int) else rows for name, rows in parts.items()}
+        super().__init__(in_features, sum(rows.size for rows in spans.values()), bias=bias)
+        self.parts = spans

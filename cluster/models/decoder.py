@@ -22,6 +22,9 @@ from cluster.layers.norm import RMSNorm
 from cluster.layers.rotary import RotaryEmbedding
 from cluster.models.config import ModelConfig
 
+Streams = tuple[Tensor, Tensor]
+"""What a layer, and a pipeline's stage, hands on: (output of its MLP, residual stream without it), each (T, D)."""
+
 
 @dataclass(frozen=True, kw_only=True)
 class DecoderOptions:
@@ -97,8 +100,8 @@ class DecoderLayer(nn.Module):
         rope_TR: tuple[Tensor, Tensor],
         attn: AttentionMetadata,
         kv_cache: Tensor,
-    ) -> tuple[Tensor, Tensor]:
-        """(output of the MLP, residual stream without it): the next norm adds them, in one call with its own work."""
+    ) -> Streams:
+        """The next norm adds the two streams, in one call with its own work."""
         if residual_TD is None:
             x_TD, residual_TD = self.input_layernorm(x_TD), x_TD
         else:
@@ -109,42 +112,65 @@ class DecoderLayer(nn.Module):
 
 
 class Decoder(nn.Module):
+    """The layers, and what stands before and after them.
+
+    A pipeline's stage has some of the layers, under their numbers in the whole model. Only the first stage embeds and
+    only the last has ``norm``; a last stage whose output head is tied keeps ``embed_tokens`` for its weight.
+    """
+
+    embed_tokens: Embedding | None
+    norm: RMSNorm | None
+
     def __init__(self, config: ModelConfig, options: DecoderOptions) -> None:
         super().__init__()
         self.embed_tokens = Embedding(config.vocab_size, config.hidden_size)
-        self.layers = nn.ModuleList(DecoderLayer(config, options, window) for window in options.sliding_windows)
+        self.layers = nn.ModuleDict(
+            {str(i): DecoderLayer(config, options, window) for i, window in enumerate(options.sliding_windows)}
+        )
         self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
         self.rotary_emb = RotaryEmbedding(config.rope, config.head_dim)
 
     def forward(
-        self, input_ids_T: Tensor, positions_T: Tensor, attn: AttentionMetadata, kv_caches: Sequence[Tensor]
-    ) -> Tensor:
-        x_TD, residual_TD = self.embed_tokens(input_ids_T), None
+        self,
+        x_TD: Tensor,
+        residual_TD: Tensor | None,
+        positions_T: Tensor,
+        attn: AttentionMetadata,
+        kv_caches: Sequence[Tensor],
+    ) -> Streams:
+        """The layers alone."""
         rope_TR = self.rotary_emb(positions_T, x_TD.dtype)
-        for layer, kv_cache in zip(self.layers, kv_caches, strict=True):
+        for layer, kv_cache in zip(self.layers.values(), kv_caches, strict=True):
             x_TD, residual_TD = layer(x_TD, residual_TD, rope_TR, attn, kv_cache)
-        x_TD, _ = self.norm.add(x_TD, residual_TD)
-        return x_TD
+        return x_TD, residual_TD
 
 
 class DecoderForCausalLM(nn.Module):
-    """Base of the families; a family says what is its own in ``options``."""
+    """Base of the families; a family says what is its own in ``options``.
+
+    Built whole; ``pipeline_parallel`` and ``tensor_parallel`` make a stage's and a rank's part of it.
+
+    Attributes: as in ``registry.Model``.
+    """
 
     backend = "cluster"
 
     def __init__(self, config: ModelConfig) -> None:
-        """Leaves every weight empty: ``models.weights.load_weights`` fills them."""
+        """Leaves every weight empty: a loader fills them."""
         super().__init__()
         self.num_layers = config.num_hidden_layers
         self.num_kv_heads = config.num_key_value_heads
         self.head_dim = config.head_dim
+        self.hidden_size = config.hidden_size
         self.vocab_size = config.vocab_size
+        self.vocab_range = (0, config.vocab_size)
         self.max_position_embeddings = config.max_position_embeddings
+        self.is_first_stage = self.is_last_stage = True
         # The residual stream and its norm, beside gates, ups and their product; attention holds fewer.
         self.activation_width = 3 * config.hidden_size + 3 * config.intermediate_size
         self.model = Decoder(config, self.options(config))
         tied_to = self.model.embed_tokens if config.tie_word_embeddings else None
-        self.lm_head = OutputHead(config.vocab_size, config.hidden_size, tied_to=tied_to)
+        self.lm_head: OutputHead | None = OutputHead(config.vocab_size, config.hidden_size, tied_to=tied_to)
 
     @staticmethod
     def options(config: ModelConfig) -> DecoderOptions:
@@ -152,16 +178,31 @@ class DecoderForCausalLM(nn.Module):
         raise NotImplementedError
 
     def forward(
-        self, input_ids_T: Tensor, positions_T: Tensor, attn: AttentionMetadata, kv_caches: Sequence[Tensor]
-    ) -> Tensor:
-        """Hidden states (T, D) after the last norm; the step's keys and values go to ``kv_caches``.
+        self, inputs: Tensor | Streams, positions_T: Tensor, attn: AttentionMetadata, kv_caches: Sequence[Tensor]
+    ) -> Tensor | Streams:
+        """Runs the stage; the step's keys and values go to ``kv_caches``.
 
         Args:
-            input_ids_T, positions_T: int64 on the model's device.
-            kv_caches: one (2, num_blocks, block_size, G, head_dim) per layer.
+            inputs: the first stage: token ids (T,), int64; any other: what the stage before gave.
+            positions_T: int64, on the model's device as all others.
+            kv_caches: one (2, num_blocks, block_size, G, head_dim) for each of the stage's layers.
+
+        Returns:
+            The last stage: hidden states (T, D) after the last norm; any other: the streams for the next one.
         """
-        return self.model(input_ids_T, positions_T, attn, kv_caches)
+        x_TD, residual_TD = (self.embed(inputs), None) if self.is_first_stage else inputs
+        streams = self.model(x_TD, residual_TD, positions_T, attn, kv_caches)
+        return self.finish(streams) if self.is_last_stage else streams
+
+    def embed(self, input_ids_T: Tensor) -> Tensor:
+        """(T, D); on the first stage."""
+        return self.model.embed_tokens(input_ids_T)
+
+    def finish(self, streams: Streams) -> Tensor:
+        """Hidden states (T, D) after the last norm; on the last stage."""
+        return self.model.norm.add(*streams)[0]
 
     def compute_logits(self, hidden_SD: Tensor) -> Tensor:
-        """float32 logits (S, V)."""
+        """float32 logits (S, V) of the ids in ``vocab_range``; on the last stage. As one of several tensor parallel
+        ranks V is the same on all, ``ceil(vocab_size / tp_size)``: columns beyond the range are padding."""
         return self.lm_head(hidden_SD)

@@ -16,6 +16,7 @@ from torch import Tensor
 
 from cluster.kernels.cpu import linear, memory
 from cluster.kernels.cpu.linear import PackedWeight, WeightFormat
+from cluster.layers.span import Span
 from cluster.models.tensor_source import TensorSource
 from cluster.models.weight_cache import CacheKey, WeightCache
 from cluster.models.weights import Target
@@ -57,10 +58,10 @@ class PackedLayout:
         offset = 0
         for target in targets:
             format = _format_of(target, weights)
-            if format is None:
+            if format is None or target.columns is None:
                 group_size, num_bytes = 0, 4 * target.shape[0]
             else:
-                group_size = linear.default_group_size(format, target.shape[1])
+                group_size = _group_size_of(target.columns, format)
                 num_bytes = linear.num_bytes(format, *target.shape, group_size=group_size)
             self.entries.append(PackedEntry(target, format, group_size, offset, num_bytes))
             offset += -(-num_bytes // _ALIGNMENT) * _ALIGNMENT
@@ -111,6 +112,13 @@ def _format_of(target: Target, weights: WeightFormat) -> WeightFormat | None:
     if not target.is_matrix:
         return None
     return target.quantized_format(weights) if weights in ("int8", "int4") else weights
+
+
+def _group_size_of(columns: Span, format: WeightFormat) -> int:
+    """That of the whole matrix, where these are cut out between groups."""
+    group_size = linear.default_group_size(format, columns.of)
+    is_between = columns.first % group_size == 0 and (columns.last % group_size == 0 or columns.last == columns.of)
+    return group_size if is_between else linear.default_group_size(format, columns.size)
 
 
 def _pack(entry: PackedEntry, source: TensorSource, data: Tensor) -> None:

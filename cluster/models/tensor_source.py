@@ -21,6 +21,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from cluster.errors import CheckpointError
+from cluster.layers.span import Span
 from cluster.models.config import ConfigFile
 
 _SINGLE = "model.safetensors"
@@ -29,13 +30,19 @@ _DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF
 
 
 class TensorSource(Protocol):
-    """Tensors by their names in a checkpoint."""
+    """Tensors by their names in a checkpoint.
+
+    Attributes:
+        num_bytes_read: of a checkpoint's tensors, so far.
+    """
+
+    num_bytes_read: int
 
     def check(self, wanted: Mapping[str, tuple[int, ...]], ignored: Iterable[str]) -> None:
         """Raises CheckpointError unless exactly ``wanted``, name to shape, are there, and perhaps ``ignored``."""
 
-    def rows(self, name: str, shape: tuple[int, ...], first: int, last: int) -> Tensor:
-        """Rows (of a vector: numbers) from ``first`` up to ``last``, of any float type. Thread-safe."""
+    def read(self, name: str, rows: Span, columns: Span | None) -> Tensor:
+        """Rows and columns (of a vector: numbers; no columns) of the tensor, of any float type. Thread-safe."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -53,7 +60,11 @@ class StoredTensor:
 
 
 class CheckpointTensors:
-    """The safetensors files of a directory. A context manager; leaving it closes the files."""
+    """The safetensors files of a directory. A context manager; leaving it closes the files.
+
+    Attributes:
+        num_bytes_read: of tensors, headers not counted.
+    """
 
     def __init__(self, checkpoint: Path) -> None:
         """Reads the files' headers.
@@ -70,6 +81,7 @@ class CheckpointTensors:
                     raise CheckpointError(f"{file}: tensor {name} is stored twice, here and in another file")
                 self._stored[name] = tensor
         self._lock = threading.Lock()
+        self.num_bytes_read = 0
 
     def __enter__(self) -> CheckpointTensors:
         return self
@@ -103,13 +115,24 @@ class CheckpointTensors:
                 f"config.json describes"
             )
 
-    def rows(self, name: str, shape: tuple[int, ...], first: int, last: int) -> Tensor:
+    def read(self, name: str, rows: Span, columns: Span | None) -> Tensor:
         tensor = self._stored[name]
-        row_shape = tensor.shape[1:]
-        row_bytes = math.prod(row_shape) * tensor.dtype.itemsize
-        data = torch.empty((last - first) * row_bytes, dtype=torch.uint8)
-        read_into(self._descriptor(tensor.file), data, tensor.offset + first * row_bytes, tensor.file)
-        return data.view(tensor.dtype).view(last - first, *row_shape)
+        columns = columns or Span.whole(1)
+        if columns.size == columns.of:
+            num_pieces, piece, stride = 1, rows.size * columns.of, 0
+        else:  # what lies between the rows' pieces is not read
+            num_pieces, piece, stride = rows.size, columns.size, columns.of
+        item, descriptor = tensor.dtype.itemsize, self._descriptor(tensor.file)
+        data = torch.empty(num_pieces * piece * item, dtype=torch.uint8)
+        memory = memoryview(data.numpy())
+        start = tensor.offset + (rows.first * columns.of + columns.first) * item
+        for index in range(num_pieces):
+            part = memory[index * piece * item : (index + 1) * piece * item]
+            _read(descriptor, part, start + index * stride * item, tensor.file)
+        with self._lock:
+            self.num_bytes_read += len(memory)
+        numbers = data.view(tensor.dtype)
+        return numbers if len(tensor.shape) == 1 else numbers.view(rows.size, columns.size)
 
     def _descriptor(self, file: Path) -> int:
         with self._lock:
@@ -125,6 +148,8 @@ class RandomTensors:
     Numbers repeat: a fresh one for each weight of a large model would take minutes.
     """
 
+    num_bytes_read = 0
+
     _PERIOD = 2**20 - 3  # odd, so that rows of the usual lengths do not repeat
 
     def __init__(self) -> None:
@@ -133,14 +158,15 @@ class RandomTensors:
     def check(self, wanted: Mapping[str, tuple[int, ...]], ignored: Iterable[str]) -> None:
         """Everything is there."""
 
-    def rows(self, name: str, shape: tuple[int, ...], first: int, last: int) -> Tensor:
-        if len(shape) == 1:
-            return torch.full((last - first,), 0.0 if name.endswith(".bias") else 1.0)
-        size = math.prod(shape[1:])
-        start = (zlib.crc32(name.encode()) + first * size) % self._PERIOD
-        count = (last - first) * size
+    def read(self, name: str, rows: Span, columns: Span | None) -> Tensor:
+        if columns is None:
+            return torch.full((rows.size,), 0.0 if name.endswith(".bias") else 1.0)
+        # Where a number lies in the whole tensor is what it depends on: parts of a matrix hold what the whole does.
+        start = (zlib.crc32(name.encode()) + rows.first * columns.of) % self._PERIOD
+        count = rows.size * columns.of
         repeats = -(-(start + count) // self._PERIOD)
-        return self._numbers.repeat(repeats)[start : start + count].view(last - first, *shape[1:])
+        whole_rows = self._numbers.repeat(repeats)[start : start + count].view(rows.size, columns.of)
+        return whole_rows[:, columns.first : columns.last]
 
 
 def read_into(descriptor: int, data: Tensor, offset: int, file: Path) -> None:
@@ -149,7 +175,10 @@ def read_into(descriptor: int, data: Tensor, offset: int, file: Path) -> None:
     Raises:
         CheckpointError: the file is shorter, or the disk failed.
     """
-    memory = memoryview(data.numpy())
+    _read(descriptor, memoryview(data.numpy()), offset, file)
+
+
+def _read(descriptor: int, memory: memoryview, offset: int, file: Path) -> None:
     done = 0
     try:
         while done < len(memory):

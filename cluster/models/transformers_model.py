@@ -26,10 +26,12 @@ from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, AttentionInterface, AutoCo
 from transformers.utils import logging as transformers_logging
 
 from cluster import kernels
+from cluster.distributed.layout import Layout
 from cluster.errors import CheckpointError, Unsupported
 from cluster.layers.attention import AttentionMetadata
 from cluster.models.config import ConfigFile, read_architecture
 
+_SINGLE = Layout()
 _ATTENTION = "cluster_paged"
 _HOLDER = "cluster_paged_attention"
 _LAYER_TYPES = {"full_attention", "sliding_attention"}
@@ -147,6 +149,7 @@ class TransformersModel(nn.Module):
     """
 
     backend = "transformers (slower path)"
+    is_first_stage = is_last_stage = True
 
     def __init__(self, model: PreTrainedModel) -> None:
         """
@@ -169,20 +172,31 @@ class TransformersModel(nn.Module):
         self.head = model
         config = model.config.get_text_config()
         self.vocab_size: int = config.vocab_size
+        self.vocab_range = (0, self.vocab_size)
+        self.hidden_size: int = config.hidden_size
         self.max_position_embeddings = _max_position_embeddings(self._architecture, config)
         # Nothing is said of what lies between: this is room for an MLP of eight times the hidden size, unfused.
         self.activation_width = 32 * config.hidden_size
         self.num_layers, self.num_kv_heads, self.head_dim = self._probe(config.num_hidden_layers)
 
     @classmethod
-    def from_checkpoint(cls, checkpoint: Path, dtype: torch.dtype, device: torch.device) -> TransformersModel:
+    def from_checkpoint(
+        cls, checkpoint: Path, dtype: torch.dtype, device: torch.device, layout: Layout = _SINGLE
+    ) -> TransformersModel:
         """Loads a Hugging Face directory's safetensors.
 
         Raises:
-            Unsupported: transformers does not know the architecture, or it cannot run on paged attention.
+            Unsupported: transformers does not know the architecture, it cannot run on paged attention, or the layout
+                has several ranks.
             CheckpointError: files or tensors are missing or do not fit the configuration.
         """
         config, model_class = _causal_lm(checkpoint)
+        if layout.world_size > 1:
+            raise Unsupported(
+                f"{model_class.__name__} runs on transformers' own modelling code, which is not cut into shards: set "
+                f"parallel.tp and parallel.pp to 1 (they are {layout.tp_size} and {layout.pp_size}), or serve an "
+                f"architecture with model code of ours"
+            )
         _log.warning(
             "%s runs on transformers' own modelling code, the slower path: nothing is fused", model_class.__name__
         )

@@ -40,14 +40,17 @@ class CacheKey:
     Attributes:
         checkpoint: digest of the checkpoint's files.
         weights: format of the matrices.
+        part: name of a rank's part of the model; empty: all of it.
     """
 
     checkpoint: str
     weights: str
+    part: str = ""
 
     @property
     def metadata(self) -> dict[str, str]:
-        return {"format": "llm-cluster packed weights", "checkpoint": self.checkpoint}
+        part = {"part": self.part} if self.part else {}
+        return {"format": "llm-cluster packed weights", "checkpoint": self.checkpoint} | part
 
 
 def checkpoint_digest(checkpoint: Path) -> str:
@@ -82,7 +85,8 @@ class WeightCache:
         self.max_bytes = max_bytes
 
     def path(self, key: CacheKey) -> Path:
-        return self.directory / key.checkpoint / f"{key.weights}{_SUFFIX}"
+        name = f"{key.weights}-{key.part}" if key.part else key.weights
+        return self.directory / key.checkpoint / f"{name}{_SUFFIX}"
 
     def read(self, key: CacheKey, header: bytes, data: Tensor, *, num_threads: int) -> bool:
         """Fills ``data`` (uint8) with the copy's bytes; False: there is none that can be used, and ``data``, given as

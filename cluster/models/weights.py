@@ -16,26 +16,50 @@ from torch import Tensor, nn
 
 from cluster.layers.embedding import Embedding, OutputHead
 from cluster.layers.linear import MergedLinear
+from cluster.layers.row_parallel import RowParallelLinear
+from cluster.layers.span import Span
+from cluster.layers.vocabulary_parallel import VocabularyParallelEmbedding, VocabularyParallelHead
 from cluster.models.tensor_source import TensorSource
 
 _CHUNK_BYTES = 2**21  # of rows read at a time, in float32: more only takes memory
 _ROW_STEP = 16  # rows are handed on in multiples of it, as packed matrices take them
 
 
+@dataclass(frozen=True, slots=True)
+class TensorPart:
+    """Rows and columns of a checkpoint's tensor.
+
+    Attributes:
+        name: of the tensor.
+        rows: of a vector: numbers.
+        columns: None: a vector.
+    """
+
+    name: str
+    rows: Span
+    columns: Span | None
+
+    @property
+    def stored_shape(self) -> tuple[int, ...]:
+        """Of the whole tensor."""
+        return (self.rows.of,) if self.columns is None else (self.rows.of, self.columns.of)
+
+
 @dataclass(frozen=True, kw_only=True)
 class Target:
-    """A parameter of the model, under the names of the tensors that it is made of.
+    """A parameter of the model, and what it is made of.
 
     Attributes:
         name: of the parameter in the model.
-        parts: (name, rows) of the checkpoint's tensors that lie in it one below the other.
-        shape: of the whole.
+        parts: of the checkpoint's tensors, one below the other; all have the same columns. Rows below the last one are
+            zeros.
+        shape: of the parameter.
         is_vocabulary: whether its rows are the vocabulary's: an embedding or an output head.
         owners: modules that hold it and what it is called there; several where weights are tied.
     """
 
     name: str
-    parts: tuple[tuple[str, int], ...]
+    parts: tuple[TensorPart, ...]
     shape: tuple[int, ...]
     is_vocabulary: bool
     owners: list[tuple[nn.Module, str]] = field(default_factory=list)
@@ -52,8 +76,10 @@ class Target:
         """
         return "int8" if self.is_vocabulary else weights
 
-    def part_shapes(self) -> dict[str, tuple[int, ...]]:
-        return {name: (rows, *self.shape[1:]) for name, rows in self.parts}
+    @property
+    def columns(self) -> Span | None:
+        """Of the checkpoint's matrices; None: it is a vector."""
+        return self.parts[0].columns
 
     def chunks(self, source: TensorSource) -> Iterator[tuple[int, Tensor]]:
         """(first row, rows) of the whole parameter, a few at a time and each a multiple of 16 but the last."""
@@ -62,11 +88,15 @@ class Target:
         for first in range(0, self.shape[0], step):
             last = min(first + step, self.shape[0])
             pieces, start = [], 0
-            for name, shape in self.part_shapes().items():
-                low, high = max(first, start), min(last, start + shape[0])
+            for part in self.parts:
+                low, high = max(first, start), min(last, start + part.rows.size)
                 if low < high:
-                    pieces.append(source.rows(name, shape, low - start, high - start))
-                start += shape[0]
+                    offset = part.rows.first - start
+                    rows = Span(low + offset, high + offset, part.rows.of)
+                    pieces.append(source.read(part.name, rows, part.columns))
+                start += part.rows.size
+            if start < last:
+                pieces.append(torch.zeros(last - max(first, start), *self.shape[1:]))
             yield first, pieces[0] if len(pieces) == 1 else torch.cat(pieces)
 
     def put(self, value: Any) -> None:
@@ -86,13 +116,9 @@ def find_targets(model: nn.Module) -> tuple[list[Target], set[str]]:
             if parameter in targets:
                 tied.add(full_name)
             else:
-                parts: tuple[tuple[str, int], ...] = ((full_name, parameter.shape[0]),)
-                if isinstance(module, MergedLinear):
-                    parent = prefix.rpartition(".")[0]
-                    parts = tuple((f"{parent}.{part}.{name}", rows) for part, rows in module.parts.items())
                 targets[parameter] = Target(
                     name=full_name,
-                    parts=parts,
+                    parts=_parts(prefix, module, name, parameter),
                     shape=tuple(parameter.shape),
                     is_vocabulary=isinstance(module, Embedding | OutputHead),
                 )
@@ -100,10 +126,9 @@ def find_targets(model: nn.Module) -> tuple[list[Target], set[str]]:
     return list(targets.values()), tied
 
 
-def check_source(source: TensorSource, targets: list[Target], tied: set[str]) -> None:
-    """Raises CheckpointError unless ``source`` has what the targets ask for, and nothing else."""
-    wanted = {name: shape for target in targets for name, shape in target.part_shapes().items()}
-    source.check(wanted, tied)
+def stored_shapes(targets: list[Target]) -> dict[str, tuple[int, ...]]:
+    """Name to shape of the checkpoint's tensors that the targets are made of."""
+    return {part.name: part.stored_shape for target in targets for part in target.parts}
 
 
 def load_dense(targets: list[Target], source: TensorSource, dtype: torch.dtype, device: torch.device) -> None:
@@ -118,3 +143,19 @@ def dense_tensor(target: Target, source: TensorSource, dtype: torch.dtype, devic
     for first, rows in target.chunks(source):
         tensor[first : first + len(rows)].copy_(rows)
     return tensor
+
+
+def _parts(prefix: str, module: nn.Module, name: str, parameter: nn.Parameter) -> tuple[TensorPart, ...]:
+    """What the parameter ``name`` of ``module``, found at ``prefix``, is made of."""
+    columns = Span.whole(parameter.shape[1]) if parameter.ndim == 2 else None
+    match module:
+        case MergedLinear():
+            parent = prefix.rpartition(".")[0]
+            return tuple(TensorPart(f"{parent}.{part}.{name}", rows, columns) for part, rows in module.parts.items())
+        case VocabularyParallelEmbedding() | VocabularyParallelHead():
+            rows = module.rows
+        case _:
+            rows = Span.whole(parameter.shape[0])
+            if isinstance(module, RowParallelLinear) and columns is not None:
+                columns = module.columns
+    return (TensorPart(f"{prefix}.{name}", rows, columns),)

@@ -146,16 +146,18 @@ def linear(x_TI: Tensor, weight: PackedWeight, bias_O: Tensor | None = None) -> 
     return out_TO
 
 
-def embedding(ids_T: Tensor, weight: PackedWeight) -> Tensor:
-    """Rows of the matrix as the linear kernel takes them, float32 (T, I).
+def embedding(ids_T: Tensor, weight: PackedWeight, *, first_id: int | None = None) -> Tensor:
+    """Rows of the matrix as the linear kernel takes them, float32 (T, I); zeros for ids that it does not hold.
 
     Args:
-        ids_T: int64, each in [0, O); checked by whoever takes tokens in.
+        ids_T: int64.
+        first_id: that of row 0; None: 0.
     """
     ids_T = ids_T.contiguous()
     out_TI = torch.empty(ids_T.numel(), weight.in_features)
     _functions(weight.format).unpack(
         ids_T.data_ptr(),
+        first_id or 0,
         ids_T.numel(),
         weight.in_features,
         weight.out_features,
@@ -189,5 +191,5 @@ def _bind(found: Library | None, format: WeightFormat) -> _Functions:
     return _Functions(
         linear=found.function(f"linear_{format}", _P, _I, _I, _I, _I, _P, _P, _P, _P),
         pack=found.function(f"pack_{format}", _P, _I, _I, _I, _I, _I, _P),
-        unpack=found.function(f"unpack_{format}", _P, _I, _I, _I, _I, _P, _P),
+        unpack=found.function(f"unpack_{format}", _P, _I, _I, _I, _I, _I, _P, _P),
     )

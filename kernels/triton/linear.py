@@ -8,6 +8,7 @@ from __future__ import annotations
 import torch.nn.functional as F
 from torch import Tensor
 
+from cluster.kernels import torch_ops
 from cluster.kernels.triton.matmul import matmul
 from cluster.kernels.triton.matmul_int4 import matmul_int4
 from cluster.kernels.triton.matmul_int8 import matmul_int8
@@ -34,8 +35,15 @@ def linear(
     return matmul(x_TI, weight, bias_O, tile=tile)
 
 
-def embedding(input_ids_T: Tensor, weight: Tensor | PackedWeight) -> Tensor:
-    """Rows of the weight (V, D); gives (T, D) in its dtype, for quantized weights that of the matrix they came from."""
-    if isinstance(weight, PackedWeight):
+def embedding(input_ids_T: Tensor, weight: Tensor | PackedWeight, *, first_id: int | None = None) -> Tensor:
+    """Rows of the weight (V, D); gives (T, D) in its dtype, for quantized weights that of the matrix they came from.
+
+    Args:
+        first_id: as in ``reference.embedding``.
+    """
+    if not isinstance(weight, PackedWeight):
+        return torch_ops.embedding(input_ids_T, weight, first_id=first_id)
+    if first_id is None:
         return weight.rows(input_ids_T).to(weight.dtype)
-    return F.embedding(input_ids_T, weight)
+    rows_T, is_foreign_T1 = torch_ops.held_rows(input_ids_T, first_id, weight.out_features)
+    return weight.rows(rows_T).to(weight.dtype).masked_fill_(is_foreign_T1, 0)

@@ -120,19 +120,24 @@ static void pack_tile(void *context, int64_t index, int32_t thread) {
 DEFINE_PACK(float32, 0)
 DEFINE_PACK(bfloat16, 1)
 
-/* Output rows[i] of the matrix, as the kernel takes it, to out[i]. */
+/* Output ids[i] - first_id of the matrix, as the kernel takes it, to out[i]; zeros where it has no such output. */
 #define DEFINE_UNPACK(format, element, as_float)                                                                    \
-    void OP(unpack_##format)(const int64_t *rows, int64_t num_rows, int64_t num_inputs, int64_t num_outputs,       \
-                             int64_t group, const uint8_t *weight, float *out) {                                    \
+    void OP(unpack_##format)(const int64_t *ids, int64_t first_id, int64_t num_ids, int64_t num_inputs,            \
+                             int64_t num_outputs, int64_t group, const uint8_t *weight, float *out) {              \
         (void)group;                                                                                                \
-        for (int64_t i = 0; i < num_rows; i++, out += num_inputs) {                                                 \
-            line_range lines = lines_of(rows[i] / LANES, num_outputs, num_inputs);                                  \
-            const element *from = (const element *)weight + lines.first * LANES + rows[i] % LANES;                  \
+        for (int64_t i = 0; i < num_ids; i++, out += num_inputs) {                                                  \
+            const int64_t row = ids[i] - first_id;                                                                  \
+            if (row < 0 || row >= num_outputs) {                                                                    \
+                memset(out, 0, (size_t)num_inputs * sizeof *out);                                                   \
+                continue;                                                                                           \
+            }                                                                                                       \
+            line_range lines = lines_of(row / LANES, num_outputs, num_inputs);                                      \
+            const element *from = (const element *)weight + lines.first * LANES + row % LANES;                      \
             for (int64_t k = 0; k < num_inputs; k++) out[k] = as_float(from[k * lines.stride * LANES]);             \
         }                                                                                                           \
     }                                                                                                               \
     void OP(unpack_##format##_replay)(const cell *a) {                                                              \
-        OP(unpack_##format)(a[0].p, a[1].i, a[2].i, a[3].i, a[4].i, a[5].p, a[6].p);                                \
+        OP(unpack_##format)(a[0].p, a[1].i, a[2].i, a[3].i, a[4].i, a[5].i, a[6].p, a[7].p);                        \
     }
 DEFINE_UNPACK(float32, float, )
 DEFINE_UNPACK(bfloat16, uint16_t, f32_of_bf16)

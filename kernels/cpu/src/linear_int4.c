@@ -202,13 +202,18 @@ void OP(pack_int4)(const float *rows, int64_t num_rows, int64_t num_inputs, int6
     pool_run(ceil_div(num_rows, LANES), pack_tile, &p);
 }
 
-/* Output rows[i] of the matrix, as the kernel takes it, to out[i]. */
-void OP(unpack_int4)(const int64_t *rows, int64_t num_rows, int64_t num_inputs, int64_t num_outputs, int64_t group,
-                     const uint8_t *weight, float *out) {
+/* Output ids[i] - first_id of the matrix, as the kernel takes it, to out[i]; zeros where it has no such output. */
+void OP(unpack_int4)(const int64_t *ids, int64_t first_id, int64_t num_ids, int64_t num_inputs, int64_t num_outputs,
+                     int64_t group, const uint8_t *weight, float *out) {
     int64_t num_groups = ceil_div(num_inputs, group);
-    for (int64_t i = 0; i < num_rows; i++, out += num_inputs) {
-        line_range lines = lines_of(rows[i] / LANES, num_outputs, num_groups * group_lines(group));
-        const uint8_t *from = weight + lines.first * 64 + rows[i] % LANES * 4;
+    for (int64_t i = 0; i < num_ids; i++, out += num_inputs) {
+        const int64_t row = ids[i] - first_id;
+        if (row < 0 || row >= num_outputs) {
+            memset(out, 0, (size_t)num_inputs * sizeof *out);
+            continue;
+        }
+        line_range lines = lines_of(row / LANES, num_outputs, num_groups * group_lines(group));
+        const uint8_t *from = weight + lines.first * 64 + row % LANES * 4;
         for (int64_t g = 0; g < num_groups; g++, from += group_lines(group) * lines.stride * 64) {
             uint32_t bits;
             memcpy(&bits, from + group / 8 * lines.stride * 64, sizeof bits);
@@ -225,5 +230,5 @@ void OP(unpack_int4)(const int64_t *rows, int64_t num_rows, int64_t num_inputs, 
 }
 
 void OP(unpack_int4_replay)(const cell *a) {
-    OP(unpack_int4)(a[0].p, a[1].i, a[2].i, a[3].i, a[4].i, a[5].p, a[6].p);
+    OP(unpack_int4)(a[0].p, a[1].i, a[2].i, a[3].i, a[4].i, a[5].i, a[6].p, a[7].p);
 }

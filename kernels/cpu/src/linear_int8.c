@@ -137,19 +137,24 @@ void OP(pack_int8)(const float *rows, int64_t num_rows, int64_t num_inputs, int6
     pool_run(ceil_div(num_rows, LANES), pack_tile, &p);
 }
 
-/* Output rows[i] of the matrix, as the kernel takes it, to out[i]. */
-void OP(unpack_int8)(const int64_t *rows, int64_t num_rows, int64_t num_inputs, int64_t num_outputs, int64_t group,
-                     const uint8_t *weight, float *out) {
+/* Output ids[i] - first_id of the matrix, as the kernel takes it, to out[i]; zeros where it has no such output. */
+void OP(unpack_int8)(const int64_t *ids, int64_t first_id, int64_t num_ids, int64_t num_inputs, int64_t num_outputs,
+                     int64_t group, const uint8_t *weight, float *out) {
     int64_t padded = ceil_div(num_inputs, group) * group;
     const float *scale = scales_of(weight, num_outputs, padded);
-    for (int64_t i = 0; i < num_rows; i++, out += num_inputs) {
-        line_range lines = lines_of(rows[i] / LANES, num_outputs, padded / 4);
-        const uint8_t *from = weight + lines.first * 64 + rows[i] % LANES * 4;
+    for (int64_t i = 0; i < num_ids; i++, out += num_inputs) {
+        const int64_t row = ids[i] - first_id;
+        if (row < 0 || row >= num_outputs) {
+            memset(out, 0, (size_t)num_inputs * sizeof *out);
+            continue;
+        }
+        line_range lines = lines_of(row / LANES, num_outputs, padded / 4);
+        const uint8_t *from = weight + lines.first * 64 + row % LANES * 4;
         for (int64_t k = 0; k < num_inputs; k++)
-            out[k] = (float)(from[k / 4 * lines.stride * 64 + k % 4] - 128) * scale[rows[i]];
+            out[k] = (float)(from[k / 4 * lines.stride * 64 + k % 4] - 128) * scale[row];
     }
 }
 
 void OP(unpack_int8_replay)(const cell *a) {
-    OP(unpack_int8)(a[0].p, a[1].i, a[2].i, a[3].i, a[4].i, a[5].p, a[6].p);
+    OP(unpack_int8)(a[0].p, a[1].i, a[2].i, a[3].i, a[4].i, a[5].i, a[6].p, a[7].p);
 }
