@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from cluster.checkpoint import resolve_checkpoint
-from cluster.errors import InvalidRequest
+from cluster.errors import CheckpointError, InvalidRequest
 
 WeightDtype = Literal["float32", "bfloat16"]
 
@@ -210,8 +210,18 @@ def shape_named(name: str) -> Shape:
 
 
 def shape_of(checkpoint: Path, *, name: str | None = None) -> Shape:
-    """The shape of a checkpoint of the Llama family that has been loaded before: its keys are not checked again."""
-    config = json.loads((checkpoint / "config.json").read_text(encoding="utf-8"))
+    """The shape of a checkpoint of the Llama family; its keys are not checked.
+
+    Raises:
+        CheckpointError: there is no ``config.json``, or it is no JSON object.
+    """
+    path = checkpoint / "config.json"
+    try:
+        config = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise CheckpointError(f"{path} cannot be read as JSON: {error}") from error
+    if not isinstance(config, dict):
+        raise CheckpointError(f"{path} must hold a JSON object, not {type(config).__name__}")
     return Shape(name=name or checkpoint.name, config=config)
 
 

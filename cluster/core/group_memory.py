@@ -131,7 +131,8 @@ class GroupMemory:
         return tuple(filled)
 
     def layer(self, tp_size: int) -> int:
-        return self.formats.part_bytes(self.shape.layer(tp_size))
+        group_size = self.formats.group_size(self.shape.intermediate_size)
+        return self.formats.part_bytes(self.shape.layer(tp_size, group_size=group_size))
 
     def kv_token(self, tp_size: int) -> int:
         """Of one token in one layer."""

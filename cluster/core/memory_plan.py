@@ -219,7 +219,7 @@ def _too_small(stage: StageMemory, workload: Workload, where: str) -> str:
 
 
 def _nothing_fits(memory: GroupMemory, devices: Devices, tp: Size, pp: Size, rejected: list[Rejected]) -> str:
-    there = f"{devices.num_devices} {'machines' if devices.kind == 'cpu' else 'devices'} on {len(devices.nodes)} nodes"
+    there = f"{_counted(devices.num_devices, 'device')} on {_counted(len(devices.nodes), 'node')}"
     nearest = _nearest(rejected)
     if nearest is None:
         problem = f"{rejected[-1].name}: {rejected[-1].why}" if rejected else "the shards of a stage share a node"
@@ -231,6 +231,10 @@ def _nothing_fits(memory: GroupMemory, devices: Devices, tp: Size, pp: Size, rej
     )
     helps = f". What would help: {'; '.join(remedies)}" if remedies else ""
     return f"no group of {there} holds the model; nearest is {nearest.name}: {nearest.why}{helps}"
+
+
+def _counted(number: int, noun: str) -> str:
+    return f"{number} {noun}{'' if number == 1 else 's'}"
 
 
 def _smaller_weights(memory: GroupMemory, devices: Devices, tp: Size, pp: Size) -> list[str]:

@@ -6,6 +6,7 @@ two and two of every expert.
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -18,6 +19,8 @@ SHARDED_ARCHITECTURES = ("LlamaForCausalLM", "MistralForCausalLM", "Qwen2ForCaus
 _MIXTURES = ("MixtralForCausalLM", "Qwen3MoeForCausalLM")
 ARCHITECTURES = (*SHARDED_ARCHITECTURES, *_MIXTURES)
 _QK_NORM = ("Qwen3ForCausalLM", "Qwen3MoeForCausalLM")
+_MOST_UNEVEN = 1.1
+_TILE = 16
 _DTYPES = ("float32", "bfloat16", "float16")
 
 
@@ -154,8 +157,8 @@ class ModelShape:
             return f"{tp_size} does not divide the {self.num_heads} query heads"
         if self.num_kv_heads % tp_size and tp_size % self.num_kv_heads:
             return f"{tp_size} key-value shards and {self.num_kv_heads} key-value heads do not divide each other"
-        if self.intermediate_size % tp_size:
-            return f"{tp_size} does not divide the MLP's inner size, {self.intermediate_size}"
+        if self.intermediate_size < tp_size:
+            return f"{tp_size} is more than the MLP's inner size, {self.intermediate_size}"
         return ""
 
     def kv_heads_of(self, tp_size: int) -> int:
@@ -166,9 +169,13 @@ class ModelShape:
         """The rows of an embedding, or of an output head, that one of ``tp_size`` shards holds."""
         return Matrix(out_features=-(-self.vocab_size // tp_size), in_features=self.hidden_size, is_vocabulary=True)
 
-    def layer(self, tp_size: int = 1) -> Part:
-        """What one of ``tp_size`` shards holds of a layer."""
-        hidden, inner = self.hidden_size, self.intermediate_size // tp_size
+    def layer(self, tp_size: int = 1, *, group_size: int = 1) -> Part:
+        """What the shard with the largest part holds of a layer.
+
+        Args:
+            group_size: inputs of a down projection that share a scale, and stay together where that is about even.
+        """
+        hidden, inner = self.hidden_size, _largest_part(self.intermediate_size, tp_size, group_size)
         q_size = self.num_heads // tp_size * self.head_dim
         qkv_size = q_size + 2 * self.kv_heads_of(tp_size) * self.head_dim
         num_mlps = self.num_experts or 1
@@ -197,7 +204,7 @@ class ModelShape:
         The residual stream and its norm are whole on every shard; beside them are its gates, ups and their product, or
         its queries, keys and values, rotated ones and the attention's result.
         """
-        mlp = 3 * self.intermediate_size // tp_size * max(1, self.experts_per_token)
+        mlp = 3 * -(-self.intermediate_size // tp_size) * max(1, self.experts_per_token)
         attention = (2 * self.num_heads // tp_size + 2 * self.kv_heads_of(tp_size)) * self.head_dim
         return 3 * self.hidden_size + max(mlp, attention)
 
@@ -208,6 +215,17 @@ def read_architecture(config: Mapping[str, Any], *, source: str = "config.json")
     if not isinstance(names, list) or not names or not isinstance(names[0], str):
         raise CheckpointError(f"{source}: architectures is {names!r}; it must be a list that names the model class")
     return names[0]
+
+
+def _largest_part(size: int, num_parts: int, group_size: int) -> int:
+    """Of an MLP's inner size, as ``models/tensor_parallel.py`` cuts it."""
+    for unit in (group_size, _TILE, 1):
+        num_units = -(-size // unit)
+        bounds = [min(size, unit * (num_units * part // num_parts)) for part in range(num_parts + 1)]
+        largest = max(last - first for first, last in itertools.pairwise(bounds))
+        if largest <= _MOST_UNEVEN * size / num_parts:
+            break
+    return largest
 
 
 class _Keys:

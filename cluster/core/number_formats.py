@@ -72,6 +72,12 @@ class NumberFormats:
             kv_cache_dtype=dtype if kv_cache_dtype == "auto" else kv_cache_dtype,
         )
 
+    def group_size(self, in_features: int) -> int:
+        """Inputs of a matrix that share a scale; 1: every input has its own number, or all share one."""
+        if self.device == "cpu":
+            return _cpu_group_size(in_features) if self.weights in QUANTIZED else 1
+        return _CUDA_GROUP_SIZE if self.weights == "int4" else 1
+
     def part_bytes(self, part: Part) -> int:
         return sum(self.matrix_bytes(matrix) for matrix in part.matrices) + sum(map(self.vector_bytes, part.vectors))
 
@@ -96,11 +102,15 @@ def _cpu_bytes(weights: str, out_features: int, in_features: int) -> int:
     outputs = -(-out_features // _CPU_TILE) * _CPU_TILE
     if weights not in QUANTIZED:
         return outputs * in_features * ITEM_BYTES[weights]
-    group_size = next((size for size in _CPU_GROUP_SIZES if in_features % size == 0), _CPU_GROUP_SIZES[0])
+    group_size = _cpu_group_size(in_features)
     num_groups = -(-in_features // group_size)
     if weights == "int8":
         return outputs * (num_groups * group_size + 4)
     return outputs * num_groups * (group_size // 2 + 4)
+
+
+def _cpu_group_size(in_features: int) -> int:
+    return next((size for size in _CPU_GROUP_SIZES if in_features % size == 0), _CPU_GROUP_SIZES[0])
 
 
 def _cuda_bytes(weights: str, out_features: int, in_features: int) -> int:
