@@ -10,6 +10,7 @@ from cluster.core.block_manager import BlockManager
 from cluster.core.class_policy import ClassPolicy
 from cluster.core.config import SchedulerConfig
 from cluster.core.deadline_queue import DeadlineQueue
+from cluster.core.micro_batches import MicroBatches
 from cluster.core.parking import Parking
 from cluster.core.request import FinishReason, Priority, Request
 from cluster.core.running_batch import RunningBatch
@@ -49,6 +50,8 @@ class Scheduler:
     - **Planning ahead**: ``schedule`` may come again before ``update``; a token that is still being sampled counts as a
       placeholder. The ``update``s follow in the order of the plans. A preempted request waits until its samples under
       way are in. Steps run in order on the device, so a plan may give away blocks that an earlier one still writes.
+    - **Pipelines**: with several stages as many steps are under way, and each has its part of those that decode
+      (``MicroBatches``). Where all of these are under way and there is no prompt a plan is empty, until an ``update``.
     - **Ends**: a request ends once: stopped or out of tokens (``update``), expired (``schedule``) or cancelled. Results
       that come after its end are passed over; that is why an id must not come back.
 
@@ -58,13 +61,17 @@ class Scheduler:
         config: limits of the batch and of the queue, and the classes.
         block_manager: of the pool; nobody else takes blocks from it.
         block_bytes: of one block, all layers; 0: the worker cannot park blocks.
+        num_stages: of the pipeline that runs the steps.
     """
 
-    def __init__(self, config: SchedulerConfig, block_manager: BlockManager, *, block_bytes: int = 0) -> None:
+    def __init__(
+        self, config: SchedulerConfig, block_manager: BlockManager, *, block_bytes: int = 0, num_stages: int = 1
+    ) -> None:
         self._config = config
         self._blocks = block_manager
         self._policy = ClassPolicy(config.classes, burst_tokens=config.max_num_batched_tokens)
-        self._budget = StepBudget(config, min_prefill_tokens=block_manager.block_size)
+        self._budget = StepBudget(config, min_prefill_tokens=block_manager.block_size, num_stages=num_stages)
+        self._micro_batches = MicroBatches(num_stages)
         self._live: dict[int, TrackedRequest] = {}
         self._num_live = Counter[Priority]()
         self._waiting = WaitingQueue()
@@ -143,20 +150,27 @@ class Scheduler:
                 decoding.append(tracked)
         heads = self._heads(prompts)
         plan = StepPlan(waiting=heads.keys())
+        batch = self._micro_batches.pick(decoding)
         budget = self._budget.num_prefill_tokens(
-            len(decoding),
-            (tracked.num_computed_tokens for tracked in decoding),
+            len(batch),
+            (tracked.num_computed_tokens for tracked in batch),
             max((of_class[0].num_computed_tokens for of_class in prompts if of_class), default=0),
             # Others' decodes do not keep a class from its share.
             may_wait=not heads or not self._policy.is_within_share(self._pick(heads)),
+            others_decode=len(batch) < len(decoding),
         )
-        budget = self._admit_urgent(plan, prompts, decoding, budget)
-        budget += len(decoding) - self._decode(plan, decoding)
+        budget = self._admit_urgent(plan, prompts, decoding, batch, budget)
+        num_decoded = self._decode(plan, batch)
+        # Where all of these have lost their places it is the turn of those that were left out.
+        while not plan.scheduled and (others := self._micro_batches.pick([t for t in decoding if t.running])):
+            num_decoded = self._decode(plan, others)
+        budget += len(batch) - num_decoded
         self._prefill(plan, prompts, budget)
         for tracked in self._running.commit():
             self._waiting.push(tracked)
         if plan.scheduled:
             self._running.tell(plan)
+            self._micro_batches.plan()
         return plan.finish(expired)
 
     def update(
@@ -180,6 +194,7 @@ class Scheduler:
         Returns:
             The requests that ended with this step, and why.
         """
+        self._micro_batches.finish()
         if duration_s is not None:
             self._budget.observe(schedule, duration_s - parking_s)
             self._running.observe(schedule, duration_s - parking_s, parking_s)
@@ -255,7 +270,14 @@ class Scheduler:
     def _pick(self, heads: Mapping[Priority, TrackedRequest]) -> Priority:
         return self._policy.pick({priority: head.request.arrival for priority, head in heads.items()})
 
-    def _admit_urgent(self, plan: StepPlan, prompts: _Prompts, decoding: list[TrackedRequest], budget: int) -> int:
+    def _admit_urgent(
+        self,
+        plan: StepPlan,
+        prompts: _Prompts,
+        decoding: list[TrackedRequest],
+        batch: list[TrackedRequest],
+        budget: int,
+    ) -> int:
         """Starts P0s whose turn it is, in the place of others if need be; returns what is left of the budget.
 
         This comes before all else in a step, so that nobody loses his place after his share of the step is booked.
@@ -273,7 +295,11 @@ class Scheduler:
                 self._preempt(plan, victims[0])
                 if victims[0] in decoding:
                     decoding.remove(victims[0])
-                    budget += 1
+                    if victims[0] in batch:
+                        batch.remove(victims[0])
+                        budget += 1
+                    else:  # his token would have come in a later step
+                        budget = max(budget, 1)
                 blocks = self._start(plan, tracked)
             if blocks is None:
                 break
@@ -363,6 +389,8 @@ class Scheduler:
             )
         )
         tracked.num_computed_tokens = num_computed_tokens + num_new_tokens
+        if samples:
+            tracked.sampled_in = self._micro_batches.num_planned
         tracked.num_placeholders += samples
         tracked.num_tokens += samples
         self._num_queued_tokens += samples - num_new_tokens

@@ -29,14 +29,18 @@ class StepBudget:
 
     Where nobody decodes nobody waits for a next token, and ``max_num_batched_tokens`` is the only limit.
 
+    In a pipeline a sequence's next token comes ``num_stages`` steps after the last, so each step has that part of the
+    target. A step's time is there what it adds to the course of steps, from the end of the one before it to its own.
+
     Args:
         config: target and limit.
         min_prefill_tokens: what a step takes of prompts where the target cannot be kept.
+        num_stages: of the pipeline that runs the steps.
     """
 
-    def __init__(self, config: SchedulerConfig, min_prefill_tokens: int) -> None:
+    def __init__(self, config: SchedulerConfig, min_prefill_tokens: int, num_stages: int = 1) -> None:
         self._max_num_batched_tokens = config.max_num_batched_tokens
-        self._target_s = None if config.target_itl_ms is None else config.target_itl_ms / 1e3
+        self._target_s = None if config.target_itl_ms is None else config.target_itl_ms / 1e3 / num_stages
         self._min_prefill_tokens = min_prefill_tokens
         self._largest_chunk = _FIRST_CHUNK_TOKENS // _MAX_GROWTH
         self._margin_s = 0.0
@@ -44,22 +48,29 @@ class StepBudget:
         self._fit = LinearFit((1.0, 1e-2, 1e-4, 1e-2, 1e-6))
 
     def num_prefill_tokens(
-        self, num_decodes: int, contexts: Iterable[int], prefill_start: int, *, may_wait: bool = True
+        self,
+        num_decodes: int,
+        contexts: Iterable[int],
+        prefill_start: int,
+        *,
+        may_wait: bool = True,
+        others_decode: bool = False,
     ) -> int:
         """How many tokens of prompts the next step may have.
 
         Args:
-            num_decodes: sequences that miss one token.
+            num_decodes: sequences that get their next token in it.
             contexts: how many tokens each of these attends to.
             prefill_start: how many tokens of a prompt come before its chunk; the most of those that may be next.
             may_wait: whether prompts can be left until decodes have ended.
+            others_decode: whether there are sequences that get their next token in steps right before or after it.
         """
         limit = self._max_num_batched_tokens - num_decodes
-        if self._target_s is None or num_decodes == 0:
+        if self._target_s is None or (num_decodes == 0 and not others_decode):
             return limit
         fixed_s, decode_s, context_s, token_s, pair_s = self._fit.weights
         left_s = self._target_s - self._margin_s - fixed_s
-        each_s = decode_s + sum(contexts) / num_decodes * context_s
+        each_s = decode_s + sum(contexts) / max(num_decodes, 1) * context_s
         least = 0 if may_wait and left_s >= each_s else self._min_prefill_tokens
         left_s = max(left_s - num_decodes * each_s, 0.0)
         token_s += max(pair_s, 0.0) * prefill_start

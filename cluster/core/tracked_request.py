@@ -21,6 +21,7 @@ class TrackedRequest:
         num_tokens: prompt, sampled and placeholders.
         max_num_tokens: with the last token that it may have.
         num_placeholders: being sampled by steps under way.
+        sampled_in: which plan sampled its newest token, of all plans; -1: none yet.
         num_computed_tokens: of its tokens, those with a KV entry in its blocks or in host memory, now or after the
             steps under way.
         num_block_tokens: how many fit in its blocks.
@@ -42,6 +43,7 @@ class TrackedRequest:
         "order",
         "request",
         "running",
+        "sampled_in",
     )
 
     def __init__(self, request: Request, order: int, group: SiblingGroup | None = None) -> None:
@@ -52,6 +54,7 @@ class TrackedRequest:
         self.num_tokens = request.num_prompt_tokens
         self.max_num_tokens = request.num_prompt_tokens + request.max_tokens
         self.num_placeholders = 0
+        self.sampled_in = -1
         self.num_computed_tokens = 0
         self.num_block_tokens = 0
         self.running = False

@@ -48,6 +48,7 @@ class Entry:
     may_be_shielded: bool = False
     parked: bool = False
     num_undecided_tokens: int = 0  # computed when it was preempted, and no plan has said yet whether they are parked
+    sampled_in: int = -1  # the plan that sampled its newest token
 
     @property
     def num_tokens(self) -> int:
@@ -64,6 +65,10 @@ class Entry:
     @property
     def urgency(self) -> tuple[int, float, int]:
         return self.request.priority, *self.age
+
+    @property
+    def decodes(self) -> bool:
+        return self.wants_tokens and self.num_missing_tokens == 1
 
     @property
     def wants_tokens(self) -> bool:
@@ -93,6 +98,7 @@ class SchedulerHarness:
         max_num_batched_tokens: int = 16,
         max_in_flight: int = 1,
         num_park_blocks: int = 0,
+        num_stages: int = 1,
         create: CreateScheduler = Scheduler,
         create_block_manager: Callable[[int, int], BlockManager] = BlockManager,
         **config: Any,
@@ -105,9 +111,11 @@ class SchedulerHarness:
         )
         self.num_park_blocks = num_park_blocks
         self.blocks = create_block_manager(num_blocks, block_size)
-        self.scheduler = create(self.config, self.blocks, block_bytes=10)
+        self.scheduler = create(self.config, self.blocks, block_bytes=10, num_stages=num_stages)
         self.kv = KVModel(block_size)
         self.max_in_flight = max_in_flight
+        self.num_stages = num_stages
+        self.num_planned = 0
         self.now = 0.0
         self.live: dict[int, Entry] = {}
         self.ended: dict[int, FinishReason | str] = {}
@@ -174,9 +182,11 @@ class SchedulerHarness:
     def schedule(self) -> Schedule:
         schedule = self.scheduler.schedule(self.now)
         self._check_expired(schedule)
+        decoding = {request_id for request_id, entry in self.live.items() if entry.decodes}
         self._check_preempted(schedule)
         self._check_worker(schedule)
         self._check_started(schedule)
+        self._check_micro_batch(schedule, decoding)
         for share in schedule.scheduled:
             self._check_share(share, share.sequence_id in schedule.started)
         self._run(schedule)
@@ -187,6 +197,7 @@ class SchedulerHarness:
                 entry.siblings.computed = True
         if schedule.scheduled:
             self.in_flight.append(schedule)
+            self.num_planned += 1
         return schedule
 
     def update(self, stops: Callable[[int], bool] = lambda request_id: False, **measured: float) -> list[int]:
@@ -336,6 +347,31 @@ class SchedulerHarness:
         self.num_parked += len(schedule.parked)
         self.num_resumed += len(schedule.resumed)
 
+    def _is_ready(self, entry: Entry) -> bool:
+        """Whether no other stage has to be done first with its newest token, as far as that can be known."""
+        under_way = list(self.in_flight)[1 - self.num_stages :] if self.num_stages > 1 else []
+        return not any(
+            share.samples and share.sequence_id == entry.request.request_id
+            for schedule in under_way
+            for share in schedule.scheduled
+        )
+
+    def _check_micro_batch(self, schedule: Schedule, decoding: set[int]) -> None:
+        """
+        Args:
+            decoding: those that missed one token before the plan.
+        """
+        batch = {share.sequence_id for share in schedule.scheduled} & decoding - set(schedule.started)
+        assert all(self._is_ready(self.live[i]) for i in batch), "a first stage would wait for a token of the last"
+        size = -(-len(decoding) // self.num_stages)
+        assert len(batch) <= size, "more than a stage's part of those that decode"
+        left = [self.live[i] for i in decoding - batch if self.live[i].running and self._is_ready(self.live[i])]
+        if left and batch and self.num_stages > 1:
+            oldest = min(entry.sampled_in for entry in left)
+            assert max(self.live[i].sampled_in for i in batch) <= oldest, "somebody waits longer than those decoded"
+        if not schedule.preempted:
+            assert not left or len(batch) == size, "a decode was left out"
+
     def _check_share(self, share: ScheduledSequence, started: bool) -> None:
         assert share.sequence_id in self.live, "scheduled, but it has ended"
         entry = self.live[share.sequence_id]
@@ -347,6 +383,8 @@ class SchedulerHarness:
         assert share.num_new_tokens > 0 and entry.num_computed_tokens <= entry.num_tokens, "tokens that nobody knows"
         assert share.samples == (entry.num_computed_tokens == entry.num_tokens), "samples exactly at the last token"
         entry.num_placeholders += share.samples
+        if share.samples:
+            entry.sampled_in = self.num_planned
         entry.block_ids += share.new_block_ids
         assert entry.num_computed_tokens <= len(entry.block_ids) * self.blocks.block_size, "too few blocks"
         assert tuple(entry.block_ids) == self.blocks.block_table(share.sequence_id), "the worker's table is another"
@@ -372,7 +410,12 @@ class SchedulerHarness:
         if num_new_tokens == self.config.max_num_batched_tokens:
             return
         ids = {share.sequence_id for share in schedule.scheduled}
-        missed = [i for i, e in self.live.items() if e.wants_tokens and i not in ids]
+        # Who decodes in a micro-batch, and who not, is another check's.
+        missed = [
+            i
+            for i, e in self.live.items()
+            if e.wants_tokens and i not in ids and (self.num_stages == 1 or not e.decodes)
+        ]
         if self.config.target_itl_ms is not None:  # prompts may be kept short, decodes never stall
             missed = [i for i in missed if self.live[i].num_missing_tokens == 1]
         assert not missed, f"there was budget left for the running {missed}"

@@ -34,7 +34,8 @@ def create_random_harness(rng: random.Random, **broken: Any) -> SchedulerHarness
         block_size=rng.choice((1, 2, 3, 4)),
         max_num_seqs=max_num_seqs,
         max_num_batched_tokens=max_num_seqs + rng.randint(0, 12),
-        max_in_flight=rng.randint(1, 4),
+        max_in_flight=rng.randint(1, 6),
+        num_stages=rng.choice((1, 2, 4)),
         num_park_blocks=rng.choice((0, 4, 40)),
         target_itl_ms=rng.choice((None, None, 100.0)),
         **broken,
@@ -89,7 +90,8 @@ class SchedulerMachine(RuleBasedStateMachine):
 
     @initialize(
         num_blocks=st.integers(1, 8), block_size=st.integers(1, 4), max_num_seqs=st.integers(1, 4),
-        budget=st.integers(0, 8), max_in_flight=st.integers(1, 3), num_park_blocks=st.sampled_from((0, 3, 30)),
+        budget=st.integers(0, 8), max_in_flight=st.integers(1, 5), num_park_blocks=st.sampled_from((0, 3, 30)),
+        num_stages=st.sampled_from((1, 2, 4)),
     )  # fmt: skip
     def start(self, max_num_seqs: int, budget: int, **limits: int) -> None:
         self.harness = SchedulerHarness(

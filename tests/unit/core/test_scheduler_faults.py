@@ -14,6 +14,7 @@ from scheduler_walk import MACHINE, NUM_WALKS, SchedulerMachine, walk
 
 from cluster.core.block_manager import BlockManager, Fork, Start
 from cluster.core.deadline_queue import DeadlineQueue
+from cluster.core.micro_batches import MicroBatches
 from cluster.core.request import FinishReason, Priority, Request
 from cluster.core.running_batch import RunningBatch
 from cluster.core.schedule import Schedule, StepPlan
@@ -203,6 +204,50 @@ class SchedulerOf(Scheduler):
         self._running.__class__ = batch
 
 
+class HastyMicroBatches(MicroBatches):
+    """Does not care whose tokens are under way."""
+
+    def pick(self, decoding: list[TrackedRequest]) -> list[TrackedRequest]:
+        return decoding[: -(-len(decoding) // self._num_stages)]
+
+
+class WholeMicroBatches(MicroBatches):
+    """One step takes all that are ready."""
+
+    def pick(self, decoding: list[TrackedRequest]) -> list[TrackedRequest]:
+        return self._ready(decoding)
+
+
+class YoungestMicroBatches(MicroBatches):
+    """Takes those first that had a token last."""
+
+    def pick(self, decoding: list[TrackedRequest]) -> list[TrackedRequest]:
+        size = -(-len(decoding) // self._num_stages)
+        return sorted(self._ready(decoding), key=lambda tracked: -tracked.sampled_in)[:size]
+
+
+class SmallMicroBatches(MicroBatches):
+    """Leaves the last of each out."""
+
+    def pick(self, decoding: list[TrackedRequest]) -> list[TrackedRequest]:
+        return super().pick(decoding)[: 1 - self._num_stages or None]
+
+
+class DeafMicroBatches(MicroBatches):
+    """Does not hear that steps are done."""
+
+    def finish(self) -> None:
+        pass
+
+
+class SchedulerWith(Scheduler):
+    """A scheduler that forms its micro-batches in another way."""
+
+    def __init__(self, micro_batches: type[MicroBatches], *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self._micro_batches.__class__ = micro_batches
+
+
 class OrphaningScheduler(Scheduler):
     """When the first sibling ends its others go on waiting for it."""
 
@@ -236,7 +281,10 @@ BROKEN: dict[str, tuple[dict[str, Any], str]] = {
     ),
     "parks for ever": ({"create": partial(SchedulerOf, HoardingBatch)}, "parked for ever|more is parked"),
     "preempts the urgent": ({"create": partial(SchedulerOf, TroublesomeBatch)}, "passed over|but not running"),
-    "orphans siblings": ({"create": OrphaningScheduler}, "idle, with work waiting|nobody was started|out of order"),
+    "orphans siblings": (
+        {"create": OrphaningScheduler},
+        "idle, with work waiting|nobody was started|out of order|it has ended",
+    ),
     "computes a prompt twice": ({"create": ImpatientScheduler}, "started, but not waiting"),
     "idles": ({"create": IdleScheduler}, "blocks for all that wait, and nobody was started"),
     "forgets the preempted": ({"create": ForgettingScheduler}, "out of order|idle|nobody was started"),
@@ -245,6 +293,11 @@ BROKEN: dict[str, tuple[dict[str, Any], str]] = {
         "samples under way|it has ended|empty deque|holds blocks already",
     ),
     "ends twice": ({"create": TwiceScheduler}, "ended (twice|a second time)"),
+    "waits for the last stage": ({"create": partial(SchedulerWith, HastyMicroBatches)}, "would wait for a token"),
+    "decodes all at once": ({"create": partial(SchedulerWith, WholeMicroBatches)}, "more than a stage's part"),
+    "decodes the youngest": ({"create": partial(SchedulerWith, YoungestMicroBatches)}, "waits longer"),
+    "leaves decodes out": ({"create": partial(SchedulerWith, SmallMicroBatches)}, "was left out|idle, with work"),
+    "decodes too late": ({"create": partial(SchedulerWith, DeafMicroBatches)}, "was left out|idle, with work"),
     "misses deadlines": ({"create": LateScheduler}, "whose deadline has come"),
     "exceeds the token budget": ({"create": GreedyScheduler}, "over the token budget"),
     "overruns max_tokens": ({"create": OverrunningScheduler}, "past max_tokens|other ends than"),
