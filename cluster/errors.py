@@ -106,7 +106,7 @@ class ServerUnreachable(ClusterError):
 
 
 class ReplicaLost(ClusterError):
-    """The replica that ran the request died after tokens had been sent."""
+    """The replica that ran the request died before its end. What it had sent is right; the rest can come from another."""
 
     reason = "REPLICA_LOST"
 
@@ -161,5 +161,7 @@ def error_from_reason(
     reason: str, message: str, *, field: str = "", retry_after_s: float | None = None
 ) -> ClusterError:
     """The typed error for a ``reason`` that crossed a wire; an unknown reason becomes a plain ClusterError."""
-    cls = {c.reason: c for c in _subclasses(ClusterError) if c is not ClusterError}.get(reason, ClusterError)
+    # A subclass with the reason of its parent is known as the parent: it may want more than a message.
+    classes = [c for c in _subclasses(ClusterError) if "reason" in vars(c) and c is not ClusterError]
+    cls = {c.reason: c for c in classes}.get(reason, ClusterError)
     return cls(message, field=field, retry_after_s=retry_after_s)

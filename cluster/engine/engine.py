@@ -20,7 +20,7 @@ from cluster.engine.executor import Executor, ModelInfo
 from cluster.engine.hash_chain import HashChain
 from cluster.engine.sequence import Sequence
 from cluster.engine.submission import Delta, EngineLoad, Failure, StepEvents, Submission
-from cluster.errors import AlreadyExists, DeadlineExceeded, EngineFault, InvalidRequest
+from cluster.errors import AlreadyExists, DeadlineExceeded, EngineFault, InvalidRequest, ReplicaLost
 
 
 class Engine:
@@ -38,7 +38,12 @@ class Engine:
         self._executor = executor
         self._clock = clock
         self._blocks = BlockManager(executor.model.num_blocks, executor.model.block_size)
-        self._scheduler = Scheduler(config.scheduler, self._blocks, block_bytes=executor.model.block_bytes)
+        self._scheduler = Scheduler(
+            config.scheduler,
+            self._blocks,
+            block_bytes=executor.model.block_bytes,
+            num_stages=executor.model.pp_size,
+        )
         self._sequences: dict[int, Sequence] = {}
         self._candidates: dict[int, dict[int, int]] = {}  # submission id -> candidate index -> sequence id
         self._has_prefix_cache = config.prefix_cache
@@ -155,7 +160,7 @@ class Engine:
     def step(self) -> StepEvents:
         """Hands over as many steps as the executor takes, waits for the oldest, and returns what it yielded.
 
-        An executor that fails ends every live submission with its EngineFault; the engine is dead then.
+        An executor that fails ends every live submission with ReplicaLost; the engine is dead then.
         """
         events = StepEvents()
         try:
@@ -174,7 +179,8 @@ class Engine:
                 began_at, self._collected_at = max(submitted_at, self._collected_at), self._clock()
                 self._take_in(schedule, output, self._collected_at - began_at, events)
         except EngineFault as fault:
-            events.failures.extend(self._die(fault))
+            events.failures.extend(self._hand_back(fault))
+            self._die(fault)
         return events
 
     def shutdown(self) -> None:
@@ -210,6 +216,11 @@ class Engine:
     def _take_in(self, schedule: Schedule, output: StepOutput, duration_s: float, events: StepEvents) -> None:
         stopped: set[int] = set()
         failed: dict[int, str] = {}  # by submission: a candidate's failure ends its siblings, and nobody else
+        for share in schedule.scheduled:
+            known = share.sequence_id in output.sampled or share.sequence_id in output.failed
+            # Before anything is taken in: what is not emitted must not count as emitted.
+            if share.samples and not known and share.sequence_id in self._sequences:
+                raise EngineFault(f"step {output.step_id} came back without the token of sequence {share.sequence_id}")
         sampled: list[tuple[Sequence, SampledToken]] = []
         filled: dict[int, list[bytes]] = {}  # hashes of the blocks that these tokens complete
         for share in schedule.scheduled:
@@ -220,9 +231,7 @@ class Engine:
                 failed[sequence.submission_id] = output.failed[share.sequence_id]
                 self.cancel(sequence.submission_id)
                 continue
-            token = output.sampled.get(share.sequence_id)
-            if token is None:
-                raise EngineFault(f"step {output.step_id} came back without the token of sequence {share.sequence_id}")
+            token = output.sampled[share.sequence_id]
             if sequence.append(token.token_id):
                 stopped.add(share.sequence_id)
             elif sequence.hash_chain is not None and len(sequence.token_ids) % self.model.block_size == 0:
@@ -266,13 +275,28 @@ class Engine:
             failures.append(Failure(submission_id=sequence.submission_id, error=error))
         return failures
 
-    def _die(self, fault: EngineFault) -> list[Failure]:
+    def _hand_back(self, fault: EngineFault) -> list[Failure]:
+        """How every live submission ends that others may continue."""
+        error = ReplicaLost(f"the replica died before the request was done: {fault.message}")
+        failures: list[Failure] = []
+        for submission_id, candidates in self._candidates.items():
+            sequences = [self._sequences[sequence_id] for sequence_id in candidates.values()]
+            emitted = {sequence.candidate_index: sequence.num_output_tokens for sequence in sequences}
+            failures.append(
+                Failure(
+                    submission_id=submission_id,
+                    error=error,
+                    num_emitted_tokens=emitted,
+                    has_emitted=any(emitted.values()) or len(emitted) < sequences[0].sampling.n,
+                )
+            )
+        return failures
+
+    def _die(self, fault: EngineFault) -> None:
         self._fault = fault
         self._in_flight.clear()
-        failures = [Failure(submission_id=submission_id, error=fault) for submission_id in self._candidates]
-        for failure in failures:
-            self.cancel(failure.submission_id)
-        return failures
+        for submission_id in list(self._candidates):
+            self.cancel(submission_id)
 
     def _forget(self, sequence_id: int) -> None:
         sequence = self._sequences.pop(sequence_id, None)

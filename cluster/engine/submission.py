@@ -51,10 +51,20 @@ class Delta:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Failure:
-    """The end of a whole submission without a result."""
+    """The end of a whole submission without a result.
+
+    Attributes:
+        error: why. ReplicaLost: the engine has died, and the submission can go on elsewhere from what was emitted.
+        num_emitted_tokens: with ReplicaLost, of each candidate that was not done, by its index, how many tokens its
+            deltas have brought. No more will come.
+        has_emitted: with ReplicaLost, whether a token of any candidate was emitted, or one of them was done or
+            cancelled; if not, the submission can be sent elsewhere as it is.
+    """
 
     submission_id: int
     error: ClusterError
+    num_emitted_tokens: dict[int, int] = field(default_factory=dict)
+    has_emitted: bool = False
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

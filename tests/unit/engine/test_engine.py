@@ -19,6 +19,7 @@ from cluster.errors import (
     EngineFault,
     InvalidRequest,
     Overloaded,
+    ReplicaLost,
 )
 
 
@@ -148,10 +149,10 @@ def test_logprobs_only_where_asked():
     assert all(delta.logprobs == [] for delta in results.deltas[1, 0])
 
 
-@pytest.mark.parametrize("max_in_flight", [1, 2, 3])
+@pytest.mark.parametrize(("max_in_flight", "pp_size"), [(1, 1), (2, 1), (3, 1), (3, 2), (5, 4)])
 @pytest.mark.parametrize("num_blocks", [5, 7, 64])
-def test_tokens_do_not_depend_on_batch_chunks_or_preemption(num_blocks: int, max_in_flight: int):
-    executor = FakeExecutor(num_blocks=num_blocks, max_in_flight=max_in_flight)
+def test_tokens_do_not_depend_on_batch_chunks_or_preemption(num_blocks: int, max_in_flight: int, pp_size: int):
+    executor = FakeExecutor(num_blocks=num_blocks, max_in_flight=max_in_flight, pp_size=pp_size)
     engine = create_engine(executor, max_num_batched_tokens=5)
     lengths = [1, 2, 3, 7, 11, 4, 5]
     for submission_id, length in enumerate(lengths):
@@ -252,7 +253,7 @@ def test_classes_are_served_in_order():
 
 
 @pytest.mark.parametrize("fault_in", ["submit", "collect"])
-def test_a_fault_fails_every_live_submission_and_kills_the_engine(fault_in: Any):
+def test_a_fault_ends_every_live_submission_and_kills_the_engine(fault_in: Any):
     executor = FakeExecutor(max_in_flight=2, fault_in=fault_in, fault_at_step=5)
     engine = create_engine(executor, max_num_seqs=2)
     engine.add(create_submission(0, max_tokens=2))
@@ -261,12 +262,66 @@ def test_a_fault_fails_every_live_submission_and_kills_the_engine(fault_in: Any)
     results = run(engine)
     assert results.finish(0) is FinishReason.LENGTH
     assert [failure.submission_id for failure in results.failures] == [1, 2]
-    assert all(isinstance(failure.error, EngineFault) for failure in results.failures)
+    assert all(isinstance(failure.error, ReplicaLost) for failure in results.failures)
+    assert all("step 5" in failure.error.message for failure in results.failures)
     assert engine.fault is not None
     assert "step 5" in engine.fault.message
     with pytest.raises(EngineFault, match="step 5"):
         engine.add(create_submission(3))
     assert engine.step() == StepEvents()
+
+
+@pytest.mark.parametrize("fault_in", ["submit", "collect"])
+@pytest.mark.parametrize("pp_size", [1, 4])
+@pytest.mark.parametrize("fault_at_step", range(9))
+def test_what_a_dead_engine_hands_back_continues_the_deltas(fault_at_step: int, pp_size: int, fault_in: Any):
+    executor = FakeExecutor(
+        max_in_flight=pp_size + 1, pp_size=pp_size, fault_in=fault_in, fault_at_step=fault_at_step, num_blocks=64
+    )
+    engine = create_engine(executor, max_num_seqs=4, max_num_batched_tokens=8)
+    for submission_id, num_prompt_tokens in enumerate([1, 9, 3, 20]):
+        engine.add(create_submission(submission_id, [4] * num_prompt_tokens, max_tokens=12, n=2))
+    results = run(engine)
+    assert [failure.submission_id for failure in results.failures] == [0, 1, 2, 3]
+    for failure in results.failures:
+        emitted = {index: len(results.tokens(failure.submission_id, index)) for index in range(2)}
+        assert failure.num_emitted_tokens == emitted
+        assert failure.has_emitted == any(emitted.values())
+    if fault_at_step == 0:
+        assert not any(failure.has_emitted for failure in results.failures)
+
+
+def test_a_submission_with_a_candidate_that_is_done_cannot_be_sent_elsewhere_as_it_is():
+    engine = create_engine(FakeExecutor(fault_in="collect", fault_at_step=2))
+    for submission_id in range(2):
+        engine.add(create_submission(submission_id, max_tokens=9, n=2))
+    engine.cancel(0, 1)
+    engine.cancel(0, 0)
+    engine.add(create_submission(2, max_tokens=9, n=2))
+    engine.cancel(2, 0)
+    results = run(engine)
+    kept = {failure.submission_id: failure for failure in results.failures}
+    assert kept[2].num_emitted_tokens.keys() == {1}
+    assert kept[2].has_emitted
+    assert 0 not in kept
+
+
+def test_tokens_of_a_step_that_is_not_whole_do_not_count_as_emitted():
+    class Forgetful(FakeExecutor):
+        def collect(self):
+            output = super().collect()
+            if output.step_id == 1:
+                output.sampled.popitem()
+            return output
+
+    engine = create_engine(Forgetful())
+    for submission_id in range(3):
+        engine.add(create_submission(submission_id))
+    results = run(engine)
+    assert engine.fault is not None
+    assert "without the token" in engine.fault.message
+    assert [failure.num_emitted_tokens for failure in results.failures] == [{0: 1}] * 3
+    assert [len(results.tokens(submission_id)) for submission_id in range(3)] == [1] * 3
 
 
 @pytest.mark.parametrize("max_in_flight", [1, 3])
