@@ -146,6 +146,21 @@ class FakeReplica(replica_pb2_grpc.ReplicaServiceServicer):
             self._news.failures.add(id=submission_id, reason="ENGINE_FAULT", message=message)
             self._changed.notify_all()
 
+    async def hand_back(self, why: str) -> None:
+        """Dies as an engine does that has lost its model: what runs can go on elsewhere."""
+        async with self._changed:
+            for (submission_id, index), sequence in self.running.items():
+                self._news.failures.add(
+                    id=submission_id,
+                    reason="REPLICA_LOST",
+                    message=why,
+                    num_emitted_tokens={index: sequence.position},
+                )
+            self.running.clear()
+            self._draining = True
+            self._news.load.CopyFrom(self._load())
+            self._changed.notify_all()
+
     async def until(self, condition: Callable[[], bool]) -> None:
         """Waits until ``condition`` holds; it is looked at whenever something came in or ended."""
         async with self._changed:

@@ -27,6 +27,7 @@ class Balancer:
         self._links: dict[str, ReplicaLink] = {}
         self._policy = LeastTokens(random.Random())
         self._retired: list[ReplicaLink] = []
+        self._waiting: list[Callable[[], None]] = []
         self._hello: replica_pb2.ReplicaHello | None = None
 
     def set_replicas(self, replicas: Sequence[ReplicaAddress]) -> None:
@@ -93,6 +94,15 @@ class Balancer:
             raise self._warming()
         return self._links[replica_id]
 
+    def wait_ready(self, callback: Callable[[], None]) -> None:
+        """Calls back, once, when a replica is ready; on the event loop, never from inside this call."""
+        self._waiting.append(callback)
+
+    def forget(self, callback: Callable[[], None]) -> None:
+        """Takes back a ``wait_ready``; nothing happens where there is none."""
+        if callback in self._waiting:
+            self._waiting.remove(callback)
+
     def _warming(self) -> ModelWarming:
         return ModelWarming(f"model {self.model!r} has no ready replica; nothing was executed")
 
@@ -102,6 +112,10 @@ class Balancer:
             if link.ready:
                 self._hello = link.hello
         self._on_change()
+        if self._waiting and self.ready:
+            waiting, self._waiting = self._waiting, []
+            for callback in waiting:
+                callback()
 
     async def close(self) -> None:
         """Closes every link; what runs on them is lost."""

@@ -20,9 +20,10 @@ _WORTH_ANOTHER_REPLICA = frozenset({"DRAINING", "OVERLOADED"})
 class Generation:
     """What runs for one call. Replica links push into it, one reader waits on it; all on the event loop.
 
-    It is the sink of its submission. A replica that is lost, or whose engine fails, before anything was generated is
-    replaced, once: a request that kills replicas must not go round them all. Later than that the generation fails: with
-    ReplicaLost where the stream broke, and with the engine's own EngineFault where a replica could still say why.
+    It is the sink of its submission. A replica that is lost before the client got anything is replaced, once: a request
+    that kills replicas must not go round them all. Where there is no other, the generation waits for one until its
+    deadline. Later than that it fails with ReplicaLost, which says what the client has. A fault of the request alone is
+    tried on another replica only where nothing was generated, and told as it is.
 
     Args:
         streams: whether the reader wants every delta, or only the end.
@@ -45,13 +46,16 @@ class Generation:
         self._metrics = metrics
         self._balancer: Balancer | None = None
         self._submit: replica_pb2.Submit | None = None
+        self._make_candidate: Callable[[int], Candidate] | None = None
         self._submission: Submission | None = None
         self._tried: list[ReplicaLink] = []
         self._replaced = False
         self._num_finished = 0
         self._sequence = 0
+        self._num_sent_tokens = 0
         self._waiter: asyncio.Future[None] | None = None
         self._started_s = time.monotonic()
+        self._expires_s = 0.0
         self._deadline: asyncio.TimerHandle | None = None
 
     def start(
@@ -62,7 +66,7 @@ class Generation:
         model: str,
         balancer: Balancer,
     ) -> None:
-        """Sends the work to a replica.
+        """Sends the work to a replica; ``expire_after`` has been called.
 
         Raises:
             ClusterError: it was cancelled or its deadline passed meanwhile, or no replica is ready.
@@ -72,12 +76,16 @@ class Generation:
         self._model = model
         self.num_prompt_tokens = len(submit.prompt_token_ids)
         self.seed = submit.sampling.seed
-        self.candidates = [make_candidate(index) for index in range(submit.sampling.n)]
+        self._make_candidate = make_candidate
         self._submit = submit
         self._balancer = balancer
         self._place()
 
     def _place(self) -> None:
+        """At the beginning of the work, whatever another replica had of it."""
+        self.candidates = [self._make_candidate(index) for index in range(self._submit.sampling.n)]
+        self._num_finished = 0
+        self._submit.deadline_ms = max(int((self._expires_s - time.monotonic()) * 1000), 0)
         link = self._balancer.pick(excluded=self._tried)
         self._tried.append(link)
         self._submission = link.submit(self._submit, self)
@@ -128,14 +136,26 @@ class Generation:
         else:
             self.fail(error)
 
-    def on_replica_lost(self) -> None:
-        if self._touched:
-            self.fail(ReplicaLost("the replica was lost after tokens had been generated; send the request again"))
+    def on_replica_lost(self, why: str) -> None:
+        if self._sequence:
+            self.fail(
+                ReplicaLost(
+                    f"the replica was lost after {self._num_sent_tokens} tokens had been sent, which stand: send the "
+                    f"request again, or continue after them ({why})"
+                )
+            )
         elif self._replaced:
-            self.fail(ReplicaLost("two replicas failed one after the other while they had this request"))
+            self.fail(ReplicaLost(f"two replicas failed one after the other while they had this request ({why})"))
         else:
             self._replaced = True
-            self._place_again(otherwise=None)
+            self._place_when_ready()
+
+    def _place_when_ready(self) -> None:
+        self._tried.clear()  # one that comes back after it was lost is as good as another
+        try:
+            self._place()
+        except ModelWarming:
+            self._balancer.wait_ready(self._place_when_ready)
 
     @property
     def _touched(self) -> bool:
@@ -161,6 +181,7 @@ class Generation:
     def expire_after(self, remaining_s: float) -> None:
         """Fails it when so much time has passed."""
         error = DeadlineExceeded("the deadline passed before the generation had finished")
+        self._expires_s = time.monotonic() + remaining_s
         self._deadline = asyncio.get_running_loop().call_later(remaining_s, self.fail, error)
 
     def close(self) -> None:
@@ -172,6 +193,7 @@ class Generation:
     def _end(self) -> None:
         if self._submission is not None:
             self._submission.cancel()
+            self._balancer.forget(self._place_when_ready)
         for candidate in self.candidates:
             candidate.drop()
 
@@ -217,4 +239,5 @@ class Generation:
             if self._sequence == 0:
                 chunk.seed = self.seed
             self._sequence += 1
+            self._num_sent_tokens += len(chunk.token_ids)
         return chunks

@@ -15,7 +15,7 @@ from typing import Protocol
 
 import grpc
 
-from cluster.errors import ClusterError, EngineFault, error_from_reason
+from cluster.errors import ClusterError, EngineFault, ReplicaLost, error_from_reason
 from cluster.v1 import inference_pb2, replica_pb2, replica_pb2_grpc
 from cluster.wire import PROTOCOL_VERSION, SECRET_KEY
 
@@ -53,8 +53,8 @@ class SubmissionSink(Protocol):
     def on_failure(self, error: ClusterError) -> None:
         """The replica gave up on the submission; nothing follows."""
 
-    def on_replica_lost(self) -> None:
-        """The stream broke; nothing follows."""
+    def on_replica_lost(self, why: str) -> None:
+        """The stream broke, or the replica's engine has died; nothing follows."""
 
 
 class Submission:
@@ -300,14 +300,19 @@ class ReplicaLink:
             if finished and not submission.live:
                 self._forget(submission)
             submission.sink.on_tokens(delta)
-        for failure in frame.failures:
-            submission = submissions.get(failure.id)
-            if submission is not None:
-                self._forget(submission)
-                submission.sink.on_failure(error_from_reason(failure.reason, failure.message, field=failure.field))
+        # Before the failures: what fails here goes elsewhere, and must not come back to a replica that is dying.
         was_draining, self.load = self.load.draining, frame.load
         if was_draining != frame.load.draining:
             self._on_change()
+        for failure in frame.failures:
+            submission = submissions.get(failure.id)
+            if submission is None:
+                continue
+            self._forget(submission)
+            if failure.reason == ReplicaLost.reason:
+                submission.sink.on_replica_lost(failure.message)
+            else:
+                submission.sink.on_failure(error_from_reason(failure.reason, failure.message, field=failure.field))
 
     def _lose_submissions(self) -> None:
         lost, self._submissions = self._submissions, {}
@@ -315,4 +320,4 @@ class ReplicaLink:
         self.load = replica_pb2.ReplicaLoad()
         self._on_change()
         for submission in lost.values():
-            submission.sink.on_replica_lost()
+            submission.sink.on_replica_lost("the stream to the replica broke")

@@ -151,7 +151,6 @@ class InferenceServicer(inference_pb2_grpc.InferenceServiceServicer):
                 # Tokens in, tokens out: stop strings are matched here.
                 sampling=sampling_to_proto(dataclasses.replace(sampling, stop=())),
                 priority=priority_to_proto(priority),
-                deadline_ms=max(int((deadline_s - time.monotonic()) * 1000), 0),
                 generation_id=generation.generation_id,
                 cache_salt=request.cache_salt,
             ),

@@ -49,7 +49,7 @@ class ReplicaPlacement:
     @property
     def stages(self) -> list[Resources]:
         """What each pipeline stage reserves on one node, the engine with the first."""
-        tp, pp = _sizes(self.model)
+        tp, pp = self.model.parallel.sizes
         return [
             Resources(
                 # Ray counts to 1e-4; a sum of floats may be off by a hair.
@@ -143,23 +143,15 @@ def check_fit(placements: Sequence[ReplicaPlacement], nodes: Sequence[Resources]
         for stage in placement.stages:
             if not any(node.count(stage) for node in nodes):
                 raise ConfigError(
-                    f"a stage of model {placement.model.name!r} has {_sizes(placement.model)[0]} shards that need "
+                    f"a stage of model {placement.model.name!r} has {placement.model.parallel.sizes[0]} shards that need "
                     f"{stage.num_gpus:g} GPUs and {stage.num_cpus:g} CPUs on one node, and no node has them: lower "
                     "parallel.tp, and raise parallel.pp, which spreads over nodes",
                     field="models",
                 )
 
 
-def _sizes(model: ModelConfig) -> tuple[int, int]:
-    """tp and pp, which have been decided by now."""
-    tp, pp = model.parallel.tp, model.parallel.pp
-    if tp == "auto" or pp == "auto":
-        raise ConfigError(f"the sizes of model {model.name!r} are not decided", field="parallel")
-    return tp, pp
-
-
 def _num_shards(model: ModelConfig) -> int:
-    tp, pp = _sizes(model)
+    tp, pp = model.parallel.sizes
     return tp * pp
 
 

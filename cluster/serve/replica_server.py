@@ -6,13 +6,13 @@ import asyncio
 import hmac
 import itertools
 import time
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Callable, Mapping
 
 import grpc
 
 from cluster.engine.executor import ModelInfo
 from cluster.engine.submission import Delta, EngineLoad, StepEvents, Submission
-from cluster.errors import ClusterError, Draining, EngineFault, InvalidRequest
+from cluster.errors import ClusterError, Draining, EngineFault, InvalidRequest, ReplicaLost
 from cluster.serve.engine_thread import Commands, Engine, EngineThread
 from cluster.v1 import replica_pb2, replica_pb2_grpc
 from cluster.wire import (
@@ -276,7 +276,9 @@ class ReplicaServer(replica_pb2_grpc.ReplicaServiceServicer):
             route = routes.get(failure.submission_id)
             if route is not None:
                 self._settle(failure.submission_id, None)
-                self._fail(route.stream, route.wire_id, failure.error)
+                # Told with the failures, so that nothing of this is sent here again.
+                self._draining |= isinstance(failure.error, ReplicaLost)
+                self._fail(route.stream, route.wire_id, failure.error, failure.num_emitted_tokens)
                 touched.add(route.stream)
         # Others hear of the load too, but not at every step; the last change before silence always gets through.
         idle = load.running == 0 and load.waiting == 0
@@ -298,8 +300,16 @@ class ReplicaServer(replica_pb2_grpc.ReplicaServiceServicer):
         stream.reported_at = time.monotonic()
         stream.filled.set()
 
-    def _fail(self, stream: _Stream, wire_id: int, error: ClusterError) -> None:
-        stream.pending.failures.add(id=wire_id, reason=error.reason, message=error.message, field=error.field)
+    def _fail(
+        self, stream: _Stream, wire_id: int, error: ClusterError, num_emitted_tokens: Mapping[int, int] | None = None
+    ) -> None:
+        stream.pending.failures.add(
+            id=wire_id,
+            reason=error.reason,
+            message=error.message,
+            field=error.field,
+            num_emitted_tokens=num_emitted_tokens,
+        )
         self._report_load(stream)
 
     def _settle(self, submission_id: int, candidate_index: int | None) -> None:
@@ -317,9 +327,11 @@ class ReplicaServer(replica_pb2_grpc.ReplicaServiceServicer):
 
     def _die(self, fault: EngineFault) -> None:
         self._draining = True
+        # The engine has handed back what it knew of; this is what came after its last step.
+        unknown = ReplicaLost(f"the replica died before the request began: {fault.message}")
         for submission_id, route in list(self._routes.items()):
             self._settle(submission_id, None)
-            self._fail(route.stream, route.wire_id, fault)
+            self._fail(route.stream, route.wire_id, unknown)
         for stream in self._streams:
             self._report_load(stream)
         self._on_fault(fault)

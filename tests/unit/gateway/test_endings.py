@@ -220,14 +220,78 @@ async def test_an_engine_that_fails_after_the_first_token_says_why(create_setup:
     assert not other.submits
 
 
-async def test_a_replica_lost_with_no_other_is_unavailable(create_setup: CreateSetup) -> None:
+@pytest.mark.parametrize("streams", [False, True])
+async def test_a_request_that_has_sent_nothing_waits_for_the_rebuilt_replica(
+    create_setup: CreateSetup, streams: bool
+) -> None:
     setup = await create_setup(FakeReplica(gated=True))
-    call = asyncio.ensure_future(failure(setup.stub.Generate(request())))
+    stub = setup.stub
+    call = asyncio.ensure_future(collect(stub.GenerateStream(request())) if streams else stub.Generate(request()))
     await setup.replica.until(lambda: setup.replica.running)
+    if not streams:  # tokens that the client has not seen may come again
+        await setup.replica.allow(2)
     await setup.replica.stop()
-    end = await call
-    assert (end.code, end.reason) == (grpc.StatusCode.UNAVAILABLE, "MODEL_WARMING")
-    assert end.retry_after_s
+    await setup.wait_states("test", CONNECTING)
+    assert not call.done()
+    setup.replica.submits.clear()
+    await setup.replica.start()
+    await setup.replica.until(lambda: setup.replica.running)
+    await setup.replica.allow(1000)
+    result = await call
+    chunks = result if streams else result.candidates
+    assert [token for chunk in chunks for token in chunk.token_ids] == letters(setup.replica.submits[0], 0)
+    assert setup.metrics.outcomes() == ["OK"]
+
+
+async def test_waiting_for_a_replica_ends_with_the_deadline_or_the_client(create_setup: CreateSetup) -> None:
+    setup = await create_setup(FakeReplica(gated=True), default_deadline_s=1.0)
+    late = asyncio.ensure_future(failure(setup.stub.Generate(request())))
+    gone = setup.stub.Generate(request())
+    await setup.replica.until(lambda: len(setup.replica.running) == 2)
+    await setup.replica.stop()
+    await setup.wait_states("test", CONNECTING)
+    gone.cancel()
+    assert (await late).reason == "DEADLINE_EXCEEDED"
+    setup.replica.submits.clear()
+    await setup.replica.start()
+    await setup.wait_serving()
+    assert not setup.replica.submits
+
+
+async def test_a_dying_engine_hands_back_what_another_takes_over(create_setup: CreateSetup) -> None:
+    first, second = FakeReplica(gated=True), FakeReplica(replica_id="replica-1", gated=True)
+    setup = await create_setup(first, second)
+    await setup.wait_states("test", READY, READY)
+    calls = [asyncio.ensure_future(setup.stub.Generate(request(max_tokens=4))) for _ in range(6)]
+    async with asyncio.timeout(10):
+        while len(first.running) + len(second.running) < 6:
+            await setup.model()
+    await first.allow(2)
+    await first.hand_back("rank 1 was killed")
+    await second.until(lambda: len(second.running) == 6)
+    await second.allow(4)
+    assert all(len(whole.candidates[0].token_ids) == 4 for whole in await asyncio.gather(*calls))
+    assert setup.metrics.outcomes() == ["OK"] * 6
+
+
+async def test_a_dying_engine_ends_what_the_client_has_a_part_of(create_setup: CreateSetup) -> None:
+    first, second = FakeReplica(gated=True), FakeReplica(replica_id="replica-1", gated=True)
+    setup = await create_setup(first, second)
+    await setup.wait_states("test", READY, READY)
+    stream = setup.stub.GenerateStream(request())
+    async with asyncio.timeout(10):
+        while not (first.running or second.running):
+            await setup.model()
+    dying, other = (first, second) if first.running else (second, first)
+    await dying.allow(3)
+    received = 0
+    while received < 3:
+        received += len((await anext(aiter(stream))).token_ids)
+    await dying.hand_back("rank 1 was killed")
+    end = await failure(collect(stream))
+    assert (end.code, end.reason) == (grpc.StatusCode.ABORTED, "REPLICA_LOST")
+    assert "after 3 tokens had been sent" in end.message and "rank 1 was killed" in end.message
+    assert not other.submits
 
 
 async def test_a_replica_that_comes_back_is_used_again(create_setup: CreateSetup) -> None:

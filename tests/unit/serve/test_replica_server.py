@@ -15,7 +15,7 @@ from cluster.core.request import FinishReason, SamplingParams
 from cluster.core.step import SampledToken
 from cluster.engine.executor import ModelInfo
 from cluster.engine.submission import Delta, EngineLoad, Failure, StepEvents, Submission
-from cluster.errors import CheckpointError, EngineFault, InvalidRequest
+from cluster.errors import CheckpointError, EngineFault, InvalidRequest, ReplicaLost
 from cluster.serve import replica_server
 from cluster.serve.replica_server import ReplicaServer
 from cluster.v1 import inference_pb2, replica_pb2, replica_pb2_grpc
@@ -72,9 +72,17 @@ class StepwiseEngine:
         self.num_steps += 1
         if isinstance(error, EngineFault):
             self.fault = error
-            failures = [Failure(submission_id=i, error=error) for i in {key[0] for key in self.live}]
+            emitted: dict[int, dict[int, int]] = {}
+            for (submission_id, index), (_, count) in self.live.items():
+                emitted.setdefault(submission_id, {})[index] = count
             self.live.clear()
-            return StepEvents(failures=failures)
+            lost = ReplicaLost(f"the replica died: {error.message}")
+            return StepEvents(
+                failures=[
+                    Failure(submission_id=submission_id, error=lost, num_emitted_tokens=counts)
+                    for submission_id, counts in emitted.items()
+                ]
+            )
         if error is not None:
             raise error
         deltas = []
@@ -344,7 +352,7 @@ async def test_drain_gives_up_at_its_timeout(cluster: Cluster):
 
 
 @pytest.mark.parametrize("error", [EngineFault("the device is gone"), ZeroDivisionError("a bug")])
-async def test_a_dead_engine_fails_what_ran_and_says_so(cluster: Cluster, error: Exception):
+async def test_a_dead_engine_hands_back_what_ran_and_says_so(cluster: Cluster, error: Exception):
     async with cluster.connect() as stream:
         await stream.greet()
         cluster.server.check()
@@ -353,12 +361,24 @@ async def test_a_dead_engine_fails_what_ran_and_says_so(cluster: Cluster, error:
         frames = await stream.read_until(failed(2))
         if not any(failed(1)(frame) for frame in frames):
             frames += await stream.read_until(failed(1))
-        assert {f.reason for frame in frames for f in frame.failures} == {"ENGINE_FAULT"}
+        assert {f.reason for frame in frames for f in frame.failures} == {"REPLICA_LOST"}
+        assert all(str(error) in f.message for frame in frames for f in frame.failures)
         if not frames[-1].load.draining:
             await stream.read_until(lambda frame: frame.load.draining)
         with pytest.raises(EngineFault, match=str(error)):
             cluster.server.check()
         assert len(cluster.faults) == 1
+
+
+async def test_what_is_handed_back_comes_with_what_was_emitted(cluster: Cluster):
+    async with cluster.connect() as stream:
+        await stream.greet()
+        await stream.send(submits=[submit(1, n=2, max_tokens=9)])
+        await until_added(cluster)
+        cluster.engine.release(3)
+        cluster.engine.permits.put(EngineFault("rank 1 was killed"))
+        (failure,) = (await stream.read_until(failed(1)))[-1].failures
+        assert dict(failure.num_emitted_tokens) == {0: 3, 1: 3}
 
 
 async def test_a_gateway_that_stops_reading_is_cut_off(cluster: Cluster, monkeypatch: pytest.MonkeyPatch):
