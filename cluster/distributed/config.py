@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
-from cluster.errors import require
+from cluster.errors import ConfigError, require
 
 Size = int | Literal["auto"]
 
@@ -34,6 +34,13 @@ class ParallelConfig:
             require(value == "auto" or value >= 1, name, "must be at least 1, or auto")
         for name in ("start_timeout_s", "step_timeout_s"):
             require(getattr(self, name) > 0, name, "must be positive")
+
+    @property
+    def sizes(self) -> tuple[int, int]:
+        """``tp`` and ``pp``. Raises ConfigError where one is still to be decided."""
+        if self.tp == "auto" or self.pp == "auto":
+            raise ConfigError("auto is not decided yet: give the number of shards", field="parallel")
+        return self.tp, self.pp
 
     @property
     def is_single(self) -> bool:

@@ -123,6 +123,16 @@ class FrameSocket:
             if frame is not None or not self._fill(socket.MSG_DONTWAIT):
                 return frame
 
+    @property
+    def local_host(self) -> str | None:
+        """The address of this node that the peer sees; None on a Unix socket."""
+        return None if self._socket.family == socket.AF_UNIX else self._socket.getsockname()[0]
+
+    def finish(self) -> None:
+        """Sends nothing more: the peer gets ConnectionLost when it has read all. This end may still receive."""
+        with contextlib.suppress(OSError):  # the peer was first
+            self._socket.shutdown(socket.SHUT_WR)
+
     def abort(self) -> None:
         """Ends the connection: the peer, and any thread in ``receive`` or ``send``, get ConnectionLost. From any
         thread; idempotent."""

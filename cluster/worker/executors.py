@@ -1,0 +1,56 @@
+"""The executor that a configuration asks for."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+from cluster.distributed.config import ParallelConfig
+from cluster.worker.config import WorkerConfig
+from cluster.worker.group_executor import GroupExecutor
+from cluster.worker.launcher import Launcher
+from cluster.worker.local_executor import LocalExecutor
+from cluster.worker.process_launcher import ProcessLauncher
+from cluster.worker.shard_group import start_group
+
+
+def create_executor(
+    checkpoint: Path,
+    worker: WorkerConfig,
+    parallel: ParallelConfig,
+    max_num_seqs: int,
+    max_num_batched_tokens: int,
+    on_stage: Callable[[str], None] | None = None,
+    launcher: Launcher | None = None,
+) -> LocalExecutor | GroupExecutor:
+    """Loads a model, here or on a group of shards.
+
+    Args:
+        checkpoint: a directory in Hugging Face's layout, the same on every node.
+        parallel: its sizes are decided.
+        max_num_seqs, max_num_batched_tokens: the largest step, as in SchedulerConfig.
+        on_stage: called with each stage's name as it begins.
+        launcher: starts a group's shards; None: as subprocesses.
+
+    Raises:
+        ClusterError: checkpoint, configuration or memory; or a shard is late or lost. The message says what to change.
+    """
+    if parallel.is_single:
+        return LocalExecutor(checkpoint, worker, max_num_seqs, max_num_batched_tokens, on_stage)
+    tp_size, pp_size = parallel.sizes
+    group = start_group(
+        checkpoint,
+        worker,
+        parallel,
+        max_num_seqs=max_num_seqs,
+        max_num_batched_tokens=max_num_batched_tokens,
+        launcher=launcher or ProcessLauncher(tp_size * pp_size, num_cuda_devices=_num_cuda_devices(worker)),
+        on_stage=on_stage or (lambda stage: None),
+    )
+    return GroupExecutor(group, parallel.step_timeout_s)
+
+
+def _num_cuda_devices(worker: WorkerConfig) -> int:
+    import torch
+
+    return torch.cuda.device_count() if worker.device != "cpu" else 0
