@@ -200,8 +200,8 @@ def _print_plan(question: _Question, found: Plan) -> None:
     print_text(
         f"{question.model.name}: {shape.num_parameters / 1e9:.2f} billion parameters, {formats.weights} weights, "
         f"{formats.kv_cache_dtype} KV cache\n"
-        f"{found.name}, on {found.tp_size * found.pp_size} of {question.devices.num_devices} devices; room for "
-        f"{found.kv_tokens:,} tokens in the KV cache, {found.kv_tokens // workload.context:,} x {workload.context:,}\n\n"
+        f"{found.name}, on {found.tp_size * found.pp_size} of {question.devices.num_devices} devices; KV cache for "
+        f"{found.kv_tokens:,} tokens, {found.kv_tokens // workload.context:,} x {workload.context:,}\n\n"
     )
     print_table(
         ["STAGE", "LAYERS", "DEVICE", "USABLE", "WEIGHTS", "ACTIVATIONS", "KV CACHE", "KV TOKENS", "RESERVE"],

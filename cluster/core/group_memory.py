@@ -131,8 +131,10 @@ class GroupMemory:
         return tuple(filled)
 
     def layer(self, tp_size: int) -> int:
+        """Of the shard with the largest part."""
         group_size = self.formats.group_size(self.shape.intermediate_size)
-        return self.formats.part_bytes(self.shape.layer(tp_size, group_size=group_size))
+        parts = (self.shape.layer(tp_size, rank, group_size=group_size) for rank in range(tp_size))
+        return max(map(self.formats.part_bytes, parts))
 
     def kv_token(self, tp_size: int) -> int:
         """Of one token in one layer."""

@@ -29,11 +29,13 @@ class Matrix:
     """``count`` matrices of the same sizes.
 
     Attributes:
+        columns: which of the whole matrix's inputs these are: first, last + 1, and how many it has; None: all.
         is_vocabulary: an embedding or an output head.
     """
 
     out_features: int
     in_features: int
+    columns: tuple[int, int, int] | None = None
     count: int = 1
     is_vocabulary: bool = False
 
@@ -169,31 +171,39 @@ class ModelShape:
         """The rows of an embedding, or of an output head, that one of ``tp_size`` shards holds."""
         return Matrix(out_features=-(-self.vocab_size // tp_size), in_features=self.hidden_size, is_vocabulary=True)
 
-    def layer(self, tp_size: int = 1, *, group_size: int = 1) -> Part:
-        """What the shard with the largest part holds of a layer.
+    def layer(self, tp_size: int = 1, tp_rank: int = 0, *, group_size: int = 1) -> Part:
+        """What a shard holds of a layer.
 
         Args:
             group_size: inputs of a down projection that share a scale, and stay together where that is about even.
         """
-        hidden, inner = self.hidden_size, _largest_part(self.intermediate_size, tp_size, group_size)
-        q_size = self.num_heads // tp_size * self.head_dim
+        hidden = self.hidden_size
+        first, last = _part_of(self.intermediate_size, tp_size, tp_rank, group_size)
+        inner, q_size = last - first, self.num_heads // tp_size * self.head_dim
+        q_columns = (tp_rank * q_size, (tp_rank + 1) * q_size, tp_size * q_size)
         qkv_size = q_size + 2 * self.kv_heads_of(tp_size) * self.head_dim
         num_mlps = self.num_experts or 1
         matrices = [
             Matrix(out_features=qkv_size, in_features=hidden),
-            Matrix(out_features=hidden, in_features=q_size),
+            Matrix(out_features=hidden, in_features=q_size, columns=q_columns),
             Matrix(out_features=2 * inner, in_features=hidden, count=num_mlps),
-            Matrix(out_features=hidden, in_features=inner, count=num_mlps),
+            Matrix(
+                out_features=hidden,
+                in_features=inner,
+                columns=(first, last, self.intermediate_size),
+                count=num_mlps,
+            ),
         ]
         if self.num_experts:
             matrices.append(Matrix(out_features=self.num_experts, in_features=hidden))  # every shard routes for itself
         vectors = [hidden, hidden]
         if self.qkv_bias:
             vectors.append(qkv_size)
-        if self.output_bias:
+        # Of projections whose products are summed, the first shard alone has the bias.
+        if self.output_bias and tp_rank == 0:
             vectors.append(hidden)
         if self.mlp_bias:
-            vectors += [2 * inner, hidden]
+            vectors += [2 * inner, hidden] if tp_rank == 0 else [2 * inner]
         if self.qk_norm:
             vectors += [self.head_dim, self.head_dim]
         return Part(matrices=tuple(matrices), vectors=tuple(vectors))
@@ -217,15 +227,15 @@ def read_architecture(config: Mapping[str, Any], *, source: str = "config.json")
     return names[0]
 
 
-def _largest_part(size: int, num_parts: int, group_size: int) -> int:
-    """Of an MLP's inner size, as ``models/tensor_parallel.py`` cuts it."""
+def _part_of(size: int, num_parts: int, part: int, group_size: int) -> tuple[int, int]:
+    """(first, last + 1) of an MLP's inner size, as ``models/tensor_parallel.py`` cuts it."""
+    bounds = [0, size]
     for unit in (group_size, _TILE, 1):
         num_units = -(-size // unit)
-        bounds = [min(size, unit * (num_units * part // num_parts)) for part in range(num_parts + 1)]
-        largest = max(last - first for first, last in itertools.pairwise(bounds))
-        if largest <= _MOST_UNEVEN * size / num_parts:
+        bounds = [min(size, unit * (num_units * index // num_parts)) for index in range(num_parts + 1)]
+        if max(last - first for first, last in itertools.pairwise(bounds)) <= _MOST_UNEVEN * size / num_parts:
             break
-    return largest
+    return bounds[part], bounds[part + 1]
 
 
 class _Keys:

@@ -90,7 +90,7 @@ class NumberFormats:
         if weights == "int4" and matrix.is_vocabulary:
             weights = "int8"  # as models/weights.py packs embedding and output head
         if self.device == "cpu":
-            return matrix.count * _aligned(_cpu_bytes(weights, matrix.out_features, matrix.in_features))
+            return matrix.count * _aligned(_cpu_bytes(weights, matrix))
         return matrix.count * _cuda_bytes(weights, matrix.out_features, matrix.in_features)
 
 
@@ -98,12 +98,15 @@ def _aligned(num_bytes: int) -> int:
     return -(-num_bytes // _CPU_ALIGNMENT) * _CPU_ALIGNMENT
 
 
-def _cpu_bytes(weights: str, out_features: int, in_features: int) -> int:
-    outputs = -(-out_features // _CPU_TILE) * _CPU_TILE
+def _cpu_bytes(weights: str, matrix: Matrix) -> int:
+    outputs, inputs = -(-matrix.out_features // _CPU_TILE) * _CPU_TILE, matrix.in_features
     if weights not in QUANTIZED:
-        return outputs * in_features * ITEM_BYTES[weights]
-    group_size = _cpu_group_size(in_features)
-    num_groups = -(-in_features // group_size)
+        return outputs * inputs * ITEM_BYTES[weights]
+    first, last, whole = matrix.columns or (0, inputs, inputs)
+    group_size = _cpu_group_size(whole)
+    if first % group_size or (last % group_size and last != whole):
+        group_size = _cpu_group_size(inputs)  # cut inside a group: the part is quantized by itself
+    num_groups = -(-inputs // group_size)
     if weights == "int8":
         return outputs * (num_groups * group_size + 4)
     return outputs * num_groups * (group_size // 2 + 4)

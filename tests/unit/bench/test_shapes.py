@@ -10,7 +10,8 @@ from safetensors import safe_open
 
 from cluster.bench.shapes import SHAPE_NAMES, Shape, shape_named, shape_of, write_checkpoint
 from cluster.checkpoint import resolve_checkpoint
-from cluster.errors import InvalidRequest
+from cluster.core.model_shape import ModelShape
+from cluster.errors import CheckpointError, InvalidRequest
 
 
 def create_shape(**config) -> Shape:
@@ -34,10 +35,20 @@ def stored(directory) -> dict[str, torch.Tensor]:
 
 @pytest.mark.parametrize(
     ("name", "num_weights"),
-    [("s-15m", 15_191_712), ("qwen2.5-0.5b", 494_032_768), ("llama-3.1-8b", 8_030_261_248), ("demo", 5_770_496)],
+    [
+        ("s-15m", 15_191_712),
+        ("qwen2.5-0.5b", 494_032_768),
+        ("llama-3.1-8b", 8_030_261_248),
+        ("llama-2-7b", 6_738_415_616),
+        ("internlm2-20b", 19_861_149_696),
+        ("yi-34b", 34_388_917_248),
+        ("llama-3.1-70b", 70_553_706_496),
+        ("demo", 5_770_496),
+    ],
 )
 def test_a_shape_has_as_many_weights_as_its_name_says(name, num_weights):
     assert sum(math.prod(size) for _, size in shape_named(name).tensors()) == num_weights
+    assert ModelShape.from_config(shape_named(name).config).num_parameters == num_weights
 
 
 @pytest.mark.parametrize("name", SHAPE_NAMES)
@@ -78,6 +89,14 @@ def test_transformers_loads_it_whole(tmp_path, tied):
 def test_the_shape_of_a_checkpoint_is_read_from_it():
     assert shape_of(resolve_checkpoint("demo")).config == shape_named("demo").config
     assert shape_named("demo").head_dim == 64  # stated, and no quotient of the others
+
+
+@pytest.mark.parametrize("text", ["{", "[]", None])
+def test_a_configuration_that_cannot_be_read_is_named(tmp_path, text):
+    if text is not None:
+        (tmp_path / "config.json").write_text(text)
+    with pytest.raises(CheckpointError, match=r"config\.json"):
+        shape_of(tmp_path)
 
 
 def test_without_weights_only_the_configuration_is_written(tmp_path):
