@@ -157,8 +157,9 @@ class GroupMemory:
         """Of the largest step: what is alive at the same time.
 
         On the CPU, two float32 copies of the logits, as ``worker/kv_cache.py`` counts; on CUDA a third of those that
-        want log probabilities, and what the head's product was before it became float32. Shards of the vocabulary are
-        there once more before they are gathered. A stage that is not alone has the hidden states that it receives.
+        want log probabilities, and what the head's product was before it became float32. Shards of the vocabulary deal
+        the rows out among them, so that each has its part of all rows, and then its share of the rows whole. A stage
+        that is not alone has the hidden states that it receives.
         """
         tokens, sequences = self.workload.max_num_batched_tokens, self.workload.max_num_seqs
         item = ITEM_BYTES[self.formats.dtype]
@@ -167,9 +168,8 @@ class GroupMemory:
             num_bytes += item * tokens * 2 * self.shape.hidden_size
         if is_last:
             per_logit = 8 if self.formats.device == "cpu" else 12 + item
-            num_bytes += per_logit * sequences * self.shape.vocab_size
-            if tp_size > 1:
-                num_bytes += 4 * sequences * self.shape.vocabulary(tp_size).out_features
+            dealt = 4 if tp_size > 1 else 0
+            num_bytes += (per_logit + dealt) * sequences * self.shape.vocabulary(tp_size).out_features
         return num_bytes
 
     def reserve(self, tp_size: int, pp_size: int) -> int:

@@ -17,11 +17,11 @@ from cluster.core.model_shape import SHARDED_ARCHITECTURES, ModelShape
 from cluster.core.number_formats import NumberFormats
 from cluster.distributed.layout import Layout
 from cluster.kernels.backend import Backend
-from cluster.models.config import ConfigFile
+from cluster.models.config import ConfigFile, ModelConfig
 from cluster.models.loader import LoadOptions, ModelLoader
 from cluster.models.registry import FAMILIES
 from cluster.worker.config import WorkerConfig
-from cluster.worker.kv_cache import KVCacheShape
+from cluster.worker.kv_cache import KVCacheShape, step_bytes
 from cluster.worker.numbers import choose_numbers
 
 CONFIG: dict[str, Any] = {
@@ -132,6 +132,16 @@ def test_a_tokens_bytes_are_the_pools(tp_size: int):
         dtype=torch.bfloat16,
     )
     assert 16 * stage.kv_token_bytes == pool.block_bytes
+
+
+def test_the_largest_step_is_the_workers():
+    model_config = ModelConfig.from_file(ConfigFile(Path("config.json"), CONFIG))
+    with torch.device("meta"):
+        model = FAMILIES[model_config.architecture](model_config)
+    workload = Workload(context=64, max_num_seqs=7, max_num_batched_tokens=300)
+    memory = GroupMemory(ModelShape.from_config(CONFIG), NumberFormats.choose("cpu", "bfloat16"), workload)
+    [stage] = memory.stages(_devices("cpu"), 1, 1)
+    assert stage.activation_bytes == step_bytes(model, 7, 300)
 
 
 @pytest.mark.parametrize("max_num_seqs", [1, 2, 3, 8, 32, 64, 100, 256, 512])
