@@ -5,6 +5,8 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 
+import numpy as np
+import torch
 from torch import Tensor
 
 from cluster.core.step import SampledToken
@@ -12,6 +14,24 @@ from cluster.kernels.cpu.library import Library
 from cluster.kernels.cpu.sample import PackedRow, SampleKernel
 from cluster.worker.input_batch import SequenceState
 from cluster.worker.sampler import MIN_TEMPERATURE, seed_of
+
+_GREEDY = PackedRow(
+    token_ids=np.zeros(0, dtype=np.int64),
+    num_prompt_tokens=0,
+    stop_token_ids=(),
+    logit_bias={},
+    seed=0,
+    candidate_index=0,
+    inverse_temperature=0.0,
+    min_score=-math.inf,
+    num_logprobs=None,
+    min_tokens=0,
+    top_k=0,
+    top_p=1.0,
+    presence_penalty=0.0,
+    frequency_penalty=0.0,
+    repetition_penalty=1.0,
+)
 
 
 class CpuSampler:
@@ -34,6 +54,17 @@ class CpuSampler:
                 result.token_ids, packed, result.logprobs, result.top_ids, result.top_logprobs, strict=True
             )
         ]
+
+    def peaks(self, logits_SU: Tensor) -> tuple[Tensor, Tensor]:
+        """(values, ids), each (S,), of every row's largest logit, the lowest id on ties; where it is not finite, so is
+        the value, and the id means nothing."""
+        num_rows = len(logits_SU)
+        result = self._kernel(logits_SU.contiguous(), [_GREEDY] * num_rows, [0] * num_rows)
+        ids_S = torch.tensor(result.token_ids, dtype=torch.int64)
+        values_S = logits_SU.gather(1, ids_S.clamp(min=0).unsqueeze(1)).squeeze(1)
+        if min(result.token_ids) < 0:
+            values_S = torch.where(ids_S < 0, logits_SU.amax(dim=-1), values_S)
+        return values_S, ids_S
 
 
 def _pack(row: SequenceState) -> PackedRow:

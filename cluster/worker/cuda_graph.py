@@ -22,12 +22,14 @@ from cluster import kernels
 from cluster.kernels.triton.attention_split import SPLIT
 from cluster.kernels.triton.paged_decode import DecodePlan
 from cluster.kernels.triton.staging import to_device
+from cluster.models.decoder import Streams
 
 _ROWS, _POSITIONS, _SLOTS, _CONTEXTS, _SPLIT_STARTS = range(5)
 _NO_SLOT = -1  # of padding: nothing is stored
 
+Output = Tensor | Streams
 Replay = Callable[[], None]
-Capture = Callable[[Callable[[], Tensor]], tuple[Replay, Tensor]]
+Capture = Callable[[Callable[[], Output]], tuple[Replay, Output]]
 
 
 def graph_sizes(max_num_seqs: int) -> list[int]:
@@ -37,14 +39,14 @@ def graph_sizes(max_num_seqs: int) -> list[int]:
 
 
 class CudaCapture:
-    """Captures graphs into one memory pool."""
+    """Captures graphs into one memory pool, collectives with all else: the ranks of a stage capture together."""
 
     def __init__(self, device: torch.device) -> None:
         self._stream = torch.cuda.Stream(device)
         self._pool = torch.cuda.graph_pool_handle()
 
-    def __call__(self, run: Callable[[], Tensor]) -> tuple[Replay, Tensor]:
-        """(what replays ``run``, the tensor that every replay fills)."""
+    def __call__(self, run: Callable[[], Output]) -> tuple[Replay, Output]:
+        """(what replays ``run``, the tensors that every replay fills)."""
         self._stream.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(self._stream):
             run()  # compiles kernels and creates handles, none of which may happen during the capture
@@ -148,23 +150,28 @@ class DecodeBuffers:
 
 
 class DecodeGraphs:
-    """The graphs of one model. Not thread-safe.
+    """The graphs of one model, or of a pipeline's stage. Not thread-safe.
 
     Args:
-        forward: hidden states (size, D) of the batch of that size that the buffers hold; must not wait for the device.
+        forward: hidden states (size, D), or a stage's streams, of the batch of that size that the buffers hold; must
+            not wait for the device.
         sizes: to capture.
         capture: runs it once for real and gives what repeats it.
     """
 
-    def __init__(self, forward: Callable[[int], Tensor], sizes: Iterable[int], capture: Capture) -> None:
+    def __init__(self, forward: Callable[[int], Output], sizes: Iterable[int], capture: Capture) -> None:
         self._graphs = {size: capture(partial(forward, size)) for size in sorted(sizes, reverse=True)}
         self._sizes = sorted(self._graphs)
 
-    def run(self, num_seqs: int) -> Tensor | None:
-        """Hidden states (num_seqs, D), to be read before the next run; None: the batch is larger than every graph."""
+    def run(self, num_seqs: int) -> Output | None:
+        """What ``forward`` gives for the first ``num_seqs``, to be read before the next run; None: the batch is larger
+        than every graph."""
         for size in self._sizes:
             if size >= num_seqs:
-                replay, hidden_SD = self._graphs[size]
+                replay, output = self._graphs[size]
                 replay()
-                return hidden_SD[:num_seqs]
+                if isinstance(output, Tensor):
+                    return output[:num_seqs]
+                x_SD, residual_SD = output
+                return x_SD[:num_seqs], residual_SD[:num_seqs]
         return None

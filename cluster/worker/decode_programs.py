@@ -1,12 +1,13 @@
 """Decode steps on the CPU as recorded programs, one per number of sequences.
 
-Shapes: S sequences, each with one token; V vocabulary.
+Shapes: S sequences, each with one token; V vocabulary, or this rank's part of it; D hidden size.
 """
 
 from __future__ import annotations
 
 import logging
 from collections.abc import Sequence
+from typing import cast
 
 import numpy as np
 import torch
@@ -15,6 +16,7 @@ from torch import Tensor
 from cluster.kernels.cpu.library import Library
 from cluster.kernels.cpu.program import Arena, NotRecordable, Program, record
 from cluster.layers.attention import AttentionMetadata
+from cluster.models.decoder import Streams
 from cluster.models.registry import Model
 from cluster.worker.input_batch import StepArrays
 
@@ -27,7 +29,7 @@ class DecodePrograms:
     """Runs steps in which every sequence computes one token and samples; from the second of a size on, by one call.
 
     A program reads its inputs from arrays that stay; they are filled before each run. A model that cannot be recorded
-    is left to its own forward pass.
+    is left to its own forward pass. Of a pipeline's stage the program is what lies between receiving and handing on.
     """
 
     def __init__(
@@ -44,22 +46,33 @@ class DecodePrograms:
         self._block_size = kv_caches[0].shape[2]
         self._arena = Arena(_ARENA_BYTES)
         # With a program live the arrays of its step's plan, which it reads.
-        self._programs: dict[int, Program[tuple[Tensor, AttentionMetadata]]] = {}
+        self._programs: dict[int, Program[tuple[Tensor | Streams, AttentionMetadata]]] = {}
         self._is_recordable = True
         self._input_ids = torch.zeros(max_num_seqs, dtype=torch.int64)
         self._positions = torch.zeros(max_num_seqs, dtype=torch.int64)
         self._slots = torch.zeros(max_num_seqs, dtype=torch.int64)
+        shape = 0 if model.is_first_stage else max_num_seqs, model.hidden_size
+        self._streams: Streams = torch.zeros(shape), torch.zeros(shape)
         self._context_lens = np.zeros(max_num_seqs, dtype=np.int32)
         self._block_tables = np.zeros((max_num_seqs, -(-max_model_len // self._block_size)), dtype=np.int32)
 
-    def logits(self, arrays: StepArrays) -> Tensor | None:
-        """Logits (S, V) in the order of ``arrays``, valid until the next call; keys and values are in the caches.
+    def takes(self, arrays: StepArrays) -> bool:
+        """Whether it is such a step, and the model can be recorded as far as known."""
+        num_seqs = len(arrays.query_lens)
+        return self._is_recordable and arrays.query_lens[-1] == 1 and len(arrays.sampling_rows) == num_seqs
 
-        None: it is not such a step, or the model cannot be recorded; nothing has been computed.
+    def streams(self, num_seqs: int) -> Streams:
+        """Where ``run`` finds what the stage before gives, (S, D) each; of stages but the first."""
+        x_SD, residual_SD = self._streams
+        return x_SD[:num_seqs], residual_SD[:num_seqs]
+
+    def run(self, arrays: StepArrays) -> Tensor | Streams | None:
+        """Logits (S, V) of the last stage, or another's streams, in the order of ``arrays``, valid until the next call;
+        keys and values are in the caches. Of a step that it takes.
+
+        None: the model turned out not to be recordable; the step is still to be run.
         """
         num_seqs = len(arrays.query_lens)
-        if not self._is_recordable or arrays.query_lens[-1] > 1 or len(arrays.sampling_rows) < num_seqs:
-            return None
         self._fill(arrays, num_seqs)
         if num_seqs in self._programs:
             return self._programs[num_seqs].run()[0]
@@ -80,7 +93,7 @@ class DecodePrograms:
         self._context_lens[:num_seqs] = arrays.context_lens
         self._block_tables[:num_seqs, : arrays.block_tables_SB.shape[1]] = arrays.block_tables_SB
 
-    def _step(self, num_seqs: int) -> tuple[Tensor, AttentionMetadata]:
+    def _step(self, num_seqs: int) -> tuple[Tensor | Streams, AttentionMetadata]:
         attn = AttentionMetadata(
             query_lens=[1] * num_seqs,
             context_lens=self._context_lens[:num_seqs],
@@ -89,5 +102,8 @@ class DecodePrograms:
             block_size=self._block_size,
             dtype=torch.float32,
         )
-        hidden_SD = self._model(self._input_ids[:num_seqs], self._positions[:num_seqs], attn, self._kv_caches)
-        return self._model.compute_logits(hidden_SD), attn
+        inputs = self._input_ids[:num_seqs] if self._model.is_first_stage else self.streams(num_seqs)
+        computed = self._model(inputs, self._positions[:num_seqs], attn, self._kv_caches)
+        if self._model.is_last_stage:
+            computed = self._model.compute_logits(cast("Tensor", computed))
+        return computed, attn

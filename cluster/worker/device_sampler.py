@@ -23,7 +23,8 @@ from cluster.kernels.triton.sample import SamplingBatch, sample
 from cluster.kernels.triton.staging import to_device
 from cluster.worker.input_batch import SequenceState
 from cluster.worker.random_key import keys_at, sequence_key
-from cluster.worker.sampler import MIN_TEMPERATURE, ranked_logprobs, seed_of, token_with_logprobs
+from cluster.worker.sampler import MIN_TEMPERATURE, is_plain_greedy, ranked_logprobs, seed_of, token_with_logprobs
+from cluster.worker.split_vocabulary import Deal, SplitVocabulary, torch_peaks
 
 
 @dataclass(frozen=True, slots=True)
@@ -129,6 +130,24 @@ def draw(logits_RV: Tensor, rows: Sequence[SequenceState], tokens_NL: Tensor) ->
     (wanted_W,) = to_device((np.array(wanted),), device)
     most = max(count for count in counts_R if count is not None)
     return Drawn(tokens_R, *ranked_logprobs(logits_RV[wanted_W], tokens_R[wanted_W].clamp(min=0), most), counts_R)
+
+
+def draw_split(
+    logits_RU: Tensor, rows: Sequence[SequenceState], tokens_NL: Tensor, vocabulary: SplitVocabulary
+) -> Drawn:
+    """``draw`` together with the ranks that have the other logits: the same tokens on all, log probabilities on rank 0
+    alone."""
+    counts_R = [row.sampling.logprobs for row in rows]
+    if all(is_plain_greedy(row) for row in rows):
+        return Drawn(vocabulary.greedy(logits_RU, torch_peaks), None, None, counts_R)
+    deal = Deal.of(rows, vocabulary.num_ranks)
+    own_OV = vocabulary.own_rows(logits_RU, deal)
+    if not len(own_OV):
+        none = torch.empty(0, dtype=torch.int64, device=logits_RU.device)
+        return Drawn(vocabulary.share(none, deal), None, None, counts_R)
+    drawn = draw(own_OV, [rows[index] for index in deal.rows_of(vocabulary.rank)], tokens_NL)
+    # Rows with log probabilities come first on rank 0, in their own order.
+    return Drawn(vocabulary.share(drawn.tokens_R, deal), drawn.ids_WK, drawn.logprobs_WK, counts_R)
 
 
 def _pack(row: SequenceState) -> _Packed:

@@ -94,7 +94,7 @@ class InputBatch:
             self._add(new)
         for scheduled in step.scheduled:
             if scheduled.new_block_ids:
-                state = self._state(scheduled.sequence_id)
+                state = self.state(scheduled.sequence_id)
                 end = state.num_blocks + len(scheduled.new_block_ids)
                 self._blocks[state.row, state.num_blocks : end] = scheduled.new_block_ids
                 state.num_blocks = end
@@ -118,19 +118,19 @@ class InputBatch:
             num_tokens=len(new.token_ids),
         )
 
-    def _state(self, sequence_id: int) -> SequenceState:
+    def state(self, sequence_id: int) -> SequenceState:
+        """
+        Raises:
+            EngineFault: no such sequence is live.
+        """
         try:
             return self._sequences[sequence_id]
         except KeyError:
             raise EngineFault(f"sequence {sequence_id} is scheduled but was never sent") from None
 
-    def row(self, sequence_id: int) -> int:
-        """The sequence's place in the tables.
-
-        Raises:
-            EngineFault: no such sequence is live.
-        """
-        return self._state(sequence_id).row
+    def holds(self, state: SequenceState) -> bool:
+        """Whether ``state`` is still that of a live sequence, and its row its own."""
+        return self._sequences.get(state.sequence_id) is state
 
     def arrays(self, scheduled: Sequence[ScheduledSequence]) -> StepArrays:
         """The step's arrays.
@@ -139,7 +139,7 @@ class InputBatch:
             EngineFault: tokens are asked for that are not known yet, or that have no block.
         """
         ordered = sorted(scheduled, key=_LENGTHS)
-        states = [self._state(s.sequence_id) for s in ordered]
+        states = [self.state(s.sequence_id) for s in ordered]
         query_lens = [s.num_new_tokens for s in ordered]
         context_lens = [s.num_computed_tokens + s.num_new_tokens for s in ordered]
         for state, context_len in zip(states, context_lens, strict=True):
@@ -168,6 +168,7 @@ class InputBatch:
         )
 
     def append(self, state: SequenceState, token_id: int) -> None:
-        """Adds a sampled token, which the next step may compute."""
+        """Adds a sampled token, which the next step may compute; one that is still on its way holds its place by any
+        id (``pending_tokens``)."""
         state.token_ids[state.num_tokens] = token_id
         state.num_tokens += 1

@@ -63,11 +63,14 @@ def kv_budget(*, free: int, total: int, held: int, activations: int, utilization
     return min(free, int(utilization * total) - held) - activations
 
 
-def count_blocks(shape: KVCacheShape, config: WorkerConfig, *, device: torch.device, free_bytes: int) -> int:
+def count_blocks(
+    shape: KVCacheShape, config: WorkerConfig, *, device: torch.device, free_bytes: int, num_sharers: int = 1
+) -> int:
     """Blocks of the pool: ``kv_cache_bytes`` where it is set; else on CPU a quarter of the free memory, at most 1 GiB,
     and on CUDA all that is free.
 
     Args:
+        num_sharers: shards that take the CPU's quarter together, in equal parts.
         free_bytes: on CUDA, what ``gpu_memory_utilization`` leaves beside weights and activations.
 
     Raises:
@@ -83,7 +86,7 @@ def count_blocks(shape: KVCacheShape, config: WorkerConfig, *, device: torch.dev
                 field=field,
             )
     elif device.type == "cpu":
-        budget = min(int(free_bytes * _CPU_SHARE), _CPU_LIMIT_BYTES)
+        budget = min(int(free_bytes * _CPU_SHARE), _CPU_LIMIT_BYTES) // num_sharers
         advice = "free memory, or set worker.kv_cache_bytes"
     else:
         budget, field = free_bytes, "worker.gpu_memory_utilization"
@@ -118,10 +121,11 @@ def check_weights_fit(num_bytes: int, weights: str, device: torch.device) -> Non
 def step_bytes(model: Model, max_num_seqs: int, max_num_batched_tokens: int) -> int:
     """Activations of the largest step on the CPU: what is alive at the same time, in float32.
 
-    A layer's widest tensors (as ``model.activation_width`` counts them) for every token of the step, and two copies of
-    the logits of every sequence: the output head's and the sampler's.
+    A layer's widest tensors (as ``model.activation_width`` counts them) for every token of the step, and where logits
+    are computed two copies of those of every sequence: the output head's and the sampler's.
     """
-    return 4 * (max_num_batched_tokens * model.activation_width + 2 * max_num_seqs * model.vocab_size)
+    num_logits = 2 * max_num_seqs * model.vocab_size if model.is_last_stage else 0
+    return 4 * (max_num_batched_tokens * model.activation_width + num_logits)
 
 
 def free_memory(device: torch.device) -> int:

@@ -11,14 +11,24 @@ from cluster.models.registry import Model
 from cluster.worker.input_batch import InputBatch
 from cluster.worker.kv_cache import KVCacheShape, kv_budget
 from cluster.worker.model_runner import ModelRunner
+from cluster.worker.peers import Peers
 
 _SAMPLING = SamplingParams(temperature=1.0, top_p=0.9, seed=0, logprobs=1)
 
 
 def rehearse(
-    model: Model, shape: KVCacheShape, dtype: torch.dtype, device: torch.device, *, num_seqs: int, num_tokens: int
+    model: Model,
+    shape: KVCacheShape,
+    dtype: torch.dtype,
+    device: torch.device,
+    peers: Peers,
+    *,
+    num_seqs: int,
+    num_tokens: int,
 ) -> None:
     """Runs ``num_seqs`` prompts of ``num_tokens`` each in one step, then a token of each; in a KV cache of its own.
+
+    A pipeline's stage does it alone, all its tensor parallel ranks together.
 
     Args:
         shape: of the cache.
@@ -26,7 +36,8 @@ def rehearse(
     """
     blocks_each = -(-(num_tokens + 1) // shape.block_size)
     batch = InputBatch(max_num_seqs=num_seqs, max_model_len=num_tokens + 1, block_size=shape.block_size)
-    runner = ModelRunner(model, batch, shape.allocate(num_seqs * blocks_each, device), dtype=dtype, device=device)
+    kv_caches = shape.allocate(num_seqs * blocks_each, device)
+    runner = ModelRunner(model, batch, kv_caches, dtype=dtype, device=device, peers=peers.within_stage())
     sequences = range(num_seqs)
     prompts = tuple(
         NewSequence(
@@ -64,6 +75,7 @@ def free_beside_activations(
     shape: KVCacheShape,
     dtype: torch.dtype,
     device: torch.device,
+    peers: Peers,
     utilization: float,
     *,
     num_seqs: int,
@@ -73,13 +85,13 @@ def free_beside_activations(
     measured.
 
     Args:
-        shape, dtype, num_seqs, num_tokens: as in ``rehearse``.
+        shape, dtype, peers, num_seqs, num_tokens: as in ``rehearse``.
         utilization: share of the device that may be taken, in (0, 1].
     """
     torch.cuda.empty_cache()
     torch.cuda.reset_peak_memory_stats(device)
     before = torch.cuda.memory_allocated(device)
-    rehearse(model, shape, dtype, device, num_seqs=num_seqs, num_tokens=num_tokens)
+    rehearse(model, shape, dtype, device, peers, num_seqs=num_seqs, num_tokens=num_tokens)
     activations = torch.cuda.max_memory_allocated(device) - before
     torch.cuda.empty_cache()
     free, total = torch.cuda.mem_get_info(device)

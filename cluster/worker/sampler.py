@@ -124,6 +124,12 @@ def _adjusted(logits_SV: torch.Tensor, rows: Sequence[SamplingRow]) -> torch.Ten
     return scores_SV
 
 
+def is_plain_greedy(row: SamplingRow) -> bool:
+    """Whether the row's token is that of its largest logit, and nothing else is asked for."""
+    sampling = row.sampling
+    return sampling.temperature < MIN_TEMPERATURE and sampling.logprobs is None and not _needs_adjusting(row)
+
+
 def _needs_adjusting(row: SamplingRow) -> bool:
     sampling = row.sampling
     return (

@@ -6,20 +6,25 @@ import logging
 import os
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
-from typing import Protocol
+from typing import Protocol, cast
 
 import torch
 from torch import Tensor
 
 from cluster import kernels
+from cluster.core.layer_split import StageTimes
 from cluster.core.model_info import ModelInfo
 from cluster.core.step import StepInput, StepOutput
+from cluster.distributed.communicator import Communicator
 from cluster.distributed.layout import Layout
+from cluster.distributed.shm import ShmCommunicator
 from cluster.errors import ConfigError
 from cluster.kernels.backend import Backend
 from cluster.kernels.cpu.library import library as cpu_library
-from cluster.models.config import ConfigFile, read_architecture
+from cluster.models.config import ConfigFile, ModelConfig, read_architecture
+from cluster.models.decoder import DecoderForCausalLM
 from cluster.models.end_of_text import read_eos_token_ids
 from cluster.models.loader import LoadOptions, ModelLoader, runs_on_our_code
 from cluster.models.registry import Model
@@ -31,10 +36,15 @@ from cluster.worker.input_batch import InputBatch
 from cluster.worker.kv_cache import KVCacheShape, check_weights_fit, count_blocks, free_memory, step_bytes
 from cluster.worker.model_runner import ModelRunner
 from cluster.worker.numbers import Numbers, choose_numbers
+from cluster.worker.peers import Peers
 from cluster.worker.rehearsal import free_beside_activations, rehearse
+from cluster.worker.stage_times import measure_stage
+from cluster.worker.token_feed import TokenSink, TokenSource
 
 _log = logging.getLogger(__name__)
 
+_SINGLE = Layout()
+_MICRO_BATCH = 32  # sequences, to measure with: as many as a busy pipeline's stage has at a time
 _WARMUP_TOKENS = 32  # on CPU: enough to start thread pools and load every operator, quick for any model
 
 
@@ -48,7 +58,8 @@ class Runner(Protocol):
 
 
 class Shard:
-    """Built, then loaded, then given its memory, then run.
+    """Built, perhaps measured, then loaded, then given its memory, then run. The ranks of a stage do each of these
+    together: their layers sum over ``tp``.
 
     Attributes:
         backend: of the kernels that compute it, which ``kernels.use`` binds; whoever runs steps beside other models in
@@ -63,7 +74,10 @@ class Shard:
         *,
         max_num_seqs: int,
         max_num_batched_tokens: int,
-        layout: Layout = Layout(),  # noqa: B008  # frozen
+        layout: Layout = _SINGLE,
+        tp: Communicator | None = None,
+        pp: Communicator | None = None,
+        tokens: TokenSink | TokenSource | None = None,
         on_stage: Callable[[str], None] | None = None,
     ) -> None:
         """Reads what the checkpoint says of the model; loads nothing yet.
@@ -71,6 +85,8 @@ class Shard:
         Args:
             checkpoint: a directory in Hugging Face's layout.
             max_num_seqs, max_num_batched_tokens: the largest step, as in SchedulerConfig.
+            layout: which rank it is.
+            tp, pp, tokens: as in Peers; whoever made them closes them.
             on_stage: called with each stage's name as it begins.
 
         Raises:
@@ -80,7 +96,8 @@ class Shard:
         """
         self._enter = on_stage or (lambda stage: None)
         self._enter("reading config")
-        self._checkpoint, self._config, self._layout = checkpoint, config, layout
+        self._checkpoint, self._config = checkpoint, config
+        self._layout, self._peers = layout, Peers(layout=layout, tp=tp, pp=pp, tokens=tokens)
         self._max_num_seqs, self._max_num_batched_tokens = max_num_seqs, max_num_batched_tokens
         self._device = _device(config)
         self._num_threads = config.num_threads or len(os.sched_getaffinity(0))
@@ -94,8 +111,27 @@ class Shard:
         _set_threads(self._num_threads, self._numbers, self._device)
         self._eos_token_ids = read_eos_token_ids(checkpoint, self._file)
 
-    def load(self) -> int:
+    def measure(self) -> StageTimes:
+        """Before ``load``, and only of an architecture that our code runs: what the parts of a stage take here, with
+        weights that are made up and freed again."""
+        with self._own_memory():
+            one_layer = Layout(rank=self._layout.tp_rank, tp_size=self._layout.tp_size, layers=(0, 1))
+            options = replace(self._load_options(), load_format="dummy")
+            model = ModelLoader(self._checkpoint, self._file, options, layout=one_layer, tp=self._peers.tp).load()
+            return measure_stage(
+                cast("DecoderForCausalLM", model),
+                self._cache_shape(model),
+                self._numbers.dtype,
+                self._device,
+                self._peers,
+                num_seqs=min(_MICRO_BATCH, -(-self._max_num_seqs // self._layout.pp_size)),
+            )
+
+    def load(self, layers: tuple[int, int] | None = None) -> int:
         """Loads the weights; gives the KV blocks that fit beside them and the largest step.
+
+        Args:
+            layers: first and last + 1 of the decoder layers of the rank's stage; None: the layout's, or all.
 
         Raises:
             CheckpointError: a tensor or file is broken or missing; the message names it.
@@ -103,15 +139,11 @@ class Shard:
         """
         with self._own_memory():
             self._enter("loading weights")
+            if layers is not None:
+                self._layout = replace(self._layout, layers=layers)
             model = self._model = self._load()
             self._max_model_len = _max_model_len(self._config, model, self._file)
-            self._shape = KVCacheShape(
-                num_layers=model.num_layers,
-                block_size=self._config.block_size,
-                num_kv_heads=model.num_kv_heads,
-                head_dim=model.head_dim,
-                dtype=self._numbers.kv_dtype,
-            )
+            self._shape = self._cache_shape(model)
             if self._device.type == "cuda":
                 tokens_each = self._max_num_batched_tokens // self._max_num_seqs
                 free_bytes = free_beside_activations(
@@ -119,6 +151,7 @@ class Shard:
                     self._shape,
                     self._numbers.dtype,
                     self._device,
+                    self._peers,
                     self._config.gpu_memory_utilization,
                     num_seqs=self._max_num_seqs,
                     num_tokens=max(1, min(tokens_each, self._max_model_len - 1)),
@@ -126,7 +159,13 @@ class Shard:
             else:
                 free_bytes = free_memory(self._device)
                 free_bytes -= step_bytes(model, self._max_num_seqs, self._max_num_batched_tokens)
-            return count_blocks(self._shape, self._config, device=self._device, free_bytes=free_bytes)
+            return count_blocks(
+                self._shape,
+                self._config,
+                device=self._device,
+                free_bytes=free_bytes,
+                num_sharers=self._layout.world_size,
+            )
 
     def allocate(self, num_blocks: int) -> ModelInfo:
         """Takes the memory of so many KV blocks and warms up; ``runner`` runs steps from then on.
@@ -144,7 +183,7 @@ class Shard:
             self._enter("warming up")
             if device.type == "cpu":  # on CUDA the measurement of the activations was the warm-up
                 num_tokens = min(_WARMUP_TOKENS, max_model_len - 1)
-                rehearse(model, shape, numbers.dtype, device, num_seqs=1, num_tokens=num_tokens)
+                rehearse(model, shape, numbers.dtype, device, self._peers, num_seqs=1, num_tokens=num_tokens)
             self.runner = self._create_runner(model, kv_caches, max_model_len)
         return ModelInfo(
             architecture=read_architecture(self._file),
@@ -155,7 +194,7 @@ class Shard:
             device=str(device),
             num_blocks=num_blocks,
             block_size=shape.block_size,
-            block_bytes=shape.block_bytes,
+            block_bytes=self._group_block_bytes(),
             backend=f"{model.backend}, {self.backend.name} kernels, {numbers.weights} weights",
             kernels=self.backend.name,
             weights=numbers.weights,
@@ -198,22 +237,38 @@ class Shard:
 
             with CheckpointTensors(self._checkpoint) as tensors:
                 check_weights_fit(tensors.num_weights * numbers.dtype.itemsize, numbers.weights, device)
-            return TransformersModel.from_checkpoint(self._checkpoint, numbers.dtype, device)
-        loader = ModelLoader(
-            self._checkpoint,
-            self._file,
-            LoadOptions(
-                backend=numbers.backend,
-                weights=numbers.weights,
-                dtype=numbers.dtype,
-                device=device,
-                load_format=config.load_format,
-                num_threads=self._num_threads,
-                cache=_weight_cache(config),
-            ),
-        )
+            return TransformersModel.from_checkpoint(self._checkpoint, numbers.dtype, device, self._layout)
+        loader = ModelLoader(self._checkpoint, self._file, self._load_options(), layout=self._layout, tp=self._peers.tp)
         check_weights_fit(loader.num_bytes, numbers.weights, device)
         return loader.load()
+
+    def _load_options(self) -> LoadOptions:
+        return LoadOptions(
+            backend=self._numbers.backend,
+            weights=self._numbers.weights,
+            dtype=self._numbers.dtype,
+            device=self._device,
+            load_format=self._config.load_format,
+            num_threads=self._num_threads,
+            cache=_weight_cache(self._config),
+        )
+
+    def _cache_shape(self, model: Model) -> KVCacheShape:
+        return KVCacheShape(
+            num_layers=model.num_layers,
+            block_size=self._config.block_size,
+            num_kv_heads=model.num_kv_heads,
+            head_dim=model.head_dim,
+            dtype=self._numbers.kv_dtype,
+        )
+
+    def _group_block_bytes(self) -> int:
+        """Of one KV block, on all ranks together."""
+        shape, layout = self._shape, self._layout
+        if layout.world_size == 1:
+            return shape.block_bytes
+        num_layers = ModelConfig.from_file(self._file).num_hidden_layers
+        return replace(shape, num_layers=num_layers, num_kv_heads=shape.num_kv_heads * layout.tp_size).block_bytes
 
     def _create_runner(self, model: Model, kv_caches: list[Tensor], max_model_len: int) -> Runner:
         numbers, device, max_num_seqs = self._numbers, self._device, self._max_num_seqs
@@ -221,11 +276,19 @@ class Shard:
         if self.backend.kind != "triton":
             library = cpu_library() if self.backend.kind == "cpu" else None
             programs = None
-            if library is not None:
+            if library is not None and _is_recordable(self._peers.tp):
                 programs = DecodePrograms(
                     library, model, kv_caches, max_num_seqs=max_num_seqs, max_model_len=max_model_len
                 )
-            return ModelRunner(model, batch, kv_caches, dtype=numbers.dtype, device=device, decode_programs=programs)
+            return ModelRunner(
+                model,
+                batch,
+                kv_caches,
+                dtype=numbers.dtype,
+                device=device,
+                decode_programs=programs,
+                peers=self._peers,
+            )
         # It imports triton, which is only there where there is CUDA.
         from cluster.worker.cuda_graph import CudaCapture
         from cluster.worker.cuda_runner import CudaRunner
@@ -239,6 +302,7 @@ class Shard:
             dtype=numbers.dtype,
             device=device,
             capture=CudaCapture(device),
+            peers=self._peers,
         )
 
 
@@ -253,6 +317,11 @@ def _device(config: WorkerConfig) -> torch.device:
     if config.device == "cpu" or not cuda:
         return torch.device("cpu")
     return torch.device("cuda", torch.cuda.current_device())
+
+
+def _is_recordable(tp: Communicator | None) -> bool:
+    """Whether a recorded program repeats the sums of ``tp`` too: those in shared memory are C, as the kernels are."""
+    return tp is None or isinstance(tp, ShmCommunicator)
 
 
 def _name(dtype: torch.dtype) -> str:

@@ -44,6 +44,9 @@ def triton_kernels(monkeypatch: pytest.MonkeyPatch) -> None:
 class TinyModel:
     """One layer of attention between an embedding and a head; computes by step, or a sequence whole."""
 
+    is_first_stage = is_last_stage = True
+    hidden_size, vocab_size, vocab_range = HIDDEN, VOCAB, (0, VOCAB)
+
     def __init__(self, layers: int = 2) -> None:
         generator = torch.Generator().manual_seed(3)
 
