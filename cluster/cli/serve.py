@@ -42,6 +42,14 @@ def serve(
         Path | None, typer.Option("--config", "-c", metavar="FILE", help="The configuration tree, instead of MODEL.")
     ] = None,
     replicas: Annotated[int | None, typer.Option(min=1, help="Engines of each model.", show_default="1")] = None,
+    tp: Annotated[
+        str | None,
+        typer.Option(metavar="N", help="Shards that hold a part of every layer each; or auto.", show_default="1"),
+    ] = None,
+    pp: Annotated[
+        str | None,
+        typer.Option(metavar="N", help="Pipeline stages that hold some of the layers each; or auto.", show_default="1"),
+    ] = None,
     host: Annotated[str | None, typer.Option(help="Address to bind.", show_default="127.0.0.1")] = None,
     port: Annotated[
         int | None, typer.Option(min=0, max=65535, help="gRPC port; 0 takes a free one.", show_default="50051")
@@ -77,6 +85,7 @@ def serve(
     tree = _override(
         tree,
         models={"replicas": replicas},
+        parallel={"tp": tp, "pp": pp},
         worker={
             "device": device,
             "dtype": dtype,
@@ -135,6 +144,7 @@ def _override(
     tree: ClusterConfig,
     *,
     models: dict[str, Any],
+    parallel: dict[str, Any],
     worker: dict[str, Any],
     scheduler: dict[str, Any],
     gateway: dict[str, Any],
@@ -144,7 +154,8 @@ def _override(
     raw = effective_config(tree)
     sections = [(raw["gateway"], gateway), (raw["ray"], ray)]
     for model in raw["models"]:
-        sections += [(model, models), (model["worker"], worker), (model["engine"]["scheduler"], scheduler)]
+        sections += [(model, models), (model["parallel"], parallel), (model["worker"], worker)]
+        sections += [(model["engine"]["scheduler"], scheduler)]
     for section, options in sections:
         section.update({name: value for name, value in options.items() if value is not None})
     try:

@@ -75,7 +75,7 @@ def create_application(
             max_constructor_retry_count=_MAX_CONSTRUCTOR_RETRIES,
             logging_config=_QUIET,
         )
-        models[model.name] = deployment.bind(model, identity)
+        models[model.name] = deployment.bind(model, placement.shard, identity)
     gateway = serve.deployment(
         GatewayDeployment,
         name="Gateway",

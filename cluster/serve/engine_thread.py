@@ -75,6 +75,7 @@ class EngineThread:
         self._wakeup = threading.Event()
         self._stopping = False
         self._fault: EngineFault | None = None
+        self._lost: EngineFault | None = None  # learnt by others than the engine
         self._busy_since: float | None = None  # monotonic; None while asleep
         # A daemon: a step that never returns must not hold up the end of the process.
         self._thread = threading.Thread(target=self._run, name="engine", daemon=True)
@@ -93,6 +94,11 @@ class EngineThread:
         self._inbox.append(commands)
         if not self._wakeup.is_set():
             self._wakeup.set()
+
+    def lose(self, fault: EngineFault) -> None:
+        """The engine's model is gone. One at work finds that out itself; one that sleeps ends now. From any thread."""
+        self._lost = fault
+        self._wakeup.set()
 
     def check(self, stall_s: float) -> None:
         """Raises EngineFault where the engine is dead or has made no progress on its work for ``stall_s``."""
@@ -134,6 +140,9 @@ class EngineThread:
             self._busy_since = time.monotonic()
             # Cleared before the inbox is read: what is appended from here on sets it again.
             self._wakeup.clear()
+            if self._lost is not None and not engine.has_work:
+                self._fault = self._lost
+                return
             failures = self._obey(engine)
             events = engine.step() if engine.has_work else StepEvents()
             if failures:

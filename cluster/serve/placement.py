@@ -142,10 +142,11 @@ def check_fit(placements: Sequence[ReplicaPlacement], nodes: Sequence[Resources]
     for placement in placements:
         for stage in placement.stages:
             if not any(node.count(stage) for node in nodes):
+                tp, _ = placement.model.parallel.sizes
                 raise ConfigError(
-                    f"a stage of model {placement.model.name!r} has {placement.model.parallel.sizes[0]} shards that need "
-                    f"{stage.num_gpus:g} GPUs and {stage.num_cpus:g} CPUs on one node, and no node has them: lower "
-                    "parallel.tp, and raise parallel.pp, which spreads over nodes",
+                    f"a stage of model {placement.model.name!r} has {tp} shards that need {stage.num_gpus:g} GPUs and "
+                    f"{stage.num_cpus:g} CPUs on one node, and no node has them: lower parallel.tp, and raise "
+                    "parallel.pp, which spreads over nodes",
                     field="models",
                 )
 

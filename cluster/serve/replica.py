@@ -5,21 +5,25 @@ from __future__ import annotations
 import asyncio
 import logging
 import os
+from concurrent.futures import Future
 
 import ray
 from ray import serve
+from ray.util.placement_group import get_current_placement_group
 
 from cluster.engine.submission import EngineLoad
-from cluster.errors import EngineFault
+from cluster.errors import ClusterError, EngineFault
 from cluster.observability.logging import configure_logging
 from cluster.observability.metrics import KV_USAGE, PREEMPTIONS, REPLICA_INFO, RUNNING, WAITING
 from cluster.serve.addresses import join_host_port
 from cluster.serve.config import ModelConfig
 from cluster.serve.engine_thread import Engine
 from cluster.serve.identity import ClusterIdentity
+from cluster.serve.placement import Resources
 from cluster.serve.ray_metrics import RaySink
 from cluster.serve.replica_server import ReplicaServer
 from cluster.serve.startup_report import StartupReport
+from cluster.worker.launcher import Launcher
 
 _METRICS_INTERVAL_S = 1.0
 _FAULT_GRACE_S = 0.5
@@ -32,9 +36,17 @@ class ModelReplica:
 
     _metrics: asyncio.Task[None] | None = None  # from when it serves
 
-    async def __init__(self, model: ModelConfig, identity: ClusterIdentity) -> None:  # type: ignore[misc]
+    async def __init__(  # type: ignore[misc]
+        self, model: ModelConfig, shard: Resources, identity: ClusterIdentity
+    ) -> None:
+        """
+        Args:
+            shard: reserved by each shard of a group, in the placement group that this actor is in.
+        """
         configure_logging(identity.logging.level, identity.logging.format)
         self._model = model
+        self._shard = shard
+        self._logging = identity.logging
         self._replica_id = serve.get_replica_context().replica_id.unique_id
         self._report = StartupReport(identity.start_id, f"{model.name} {self._replica_id}", self._replica_id)
         self._host = identity.replica_host or ray.util.get_node_ip_address()
@@ -83,22 +95,48 @@ class ModelReplica:
 
     def _create_engine(self) -> Engine:
         """Runs in the engine's thread."""
-        self._report.enter("importing torch")
+        parallel = self._model.parallel
+        self._report.enter("importing torch" if parallel.is_single else "importing")
         from cluster.checkpoint import resolve_checkpoint
         from cluster.engine.engine import Engine as TokenEngine
-        from cluster.worker.local_executor import LocalExecutor
+        from cluster.worker.executors import create_executor
+        from cluster.worker.group_executor import GroupExecutor
 
         self._report.enter("finding the checkpoint")
         checkpoint = resolve_checkpoint(self._model.path)
         limits = self._model.engine.scheduler
-        executor = LocalExecutor(
+        executor = create_executor(
             checkpoint,
             self._model.worker,
+            parallel,
             limits.max_num_seqs,
             limits.max_num_batched_tokens,
             on_stage=self._report.enter,
+            launcher=None if parallel.is_single else self._create_launcher(),
         )
+        if isinstance(executor, GroupExecutor):
+            executor.lost.add_done_callback(self._lose)
         return TokenEngine(executor, self._model.engine)
+
+    def _lose(self, lost: Future[ClusterError]) -> None:
+        """A shard is gone, whatever the engine is doing. Runs in the group's thread."""
+        if not lost.cancelled():
+            self._server.lose(EngineFault(lost.result().message))
+
+    def _create_launcher(self) -> Launcher:
+        from cluster.serve.ray_launcher import RayLauncher
+
+        placement_group = get_current_placement_group()
+        if placement_group is None:
+            raise EngineFault("the replica of a group was started outside of its placement group")
+        return RayLauncher(
+            placement_group,
+            self._model.parallel.sizes[0],
+            self._shard,
+            model_path=self._model.path,
+            host=self._host,
+            logging=self._logging,
+        )
 
     def _end(self, fault: EngineFault) -> None:
         """A replica without an engine is worth nothing: it ends as one, and Serve builds another."""

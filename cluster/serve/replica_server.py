@@ -122,6 +122,10 @@ class ReplicaServer(replica_pb2_grpc.ReplicaServiceServicer):
         await self._server.start()
         return port
 
+    def lose(self, fault: EngineFault) -> None:
+        """The engine's model is gone, which it may not know while it has no work. From any thread."""
+        self._engine.lose(fault)
+
     def check(self) -> None:
         """Raises EngineFault where the engine is dead or stuck. Being slow is not being stuck."""
         self._engine.check(_STALL_S)

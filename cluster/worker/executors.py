@@ -4,14 +4,17 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from cluster.distributed.config import ParallelConfig
 from cluster.worker.config import WorkerConfig
 from cluster.worker.group_executor import GroupExecutor
 from cluster.worker.launcher import Launcher
-from cluster.worker.local_executor import LocalExecutor
 from cluster.worker.process_launcher import ProcessLauncher
 from cluster.worker.shard_group import start_group
+
+if TYPE_CHECKING:  # it loads torch, which a group's leader does without
+    from cluster.worker.local_executor import LocalExecutor
 
 
 def create_executor(
@@ -36,6 +39,8 @@ def create_executor(
         ClusterError: checkpoint, configuration or memory; or a shard is late or lost. The message says what to change.
     """
     if parallel.is_single:
+        from cluster.worker.local_executor import LocalExecutor
+
         return LocalExecutor(checkpoint, worker, max_num_seqs, max_num_batched_tokens, on_stage)
     tp_size, pp_size = parallel.sizes
     group = start_group(
