@@ -13,10 +13,10 @@ import sys
 import threading
 from pathlib import Path
 
-import torch
 from torch import Tensor
 
 from cluster.distributed.communicator import PeerLost
+from cluster.distributed.tensors import check_contiguous, check_like, check_peer, check_rank, rank_names
 from cluster.errors import ConfigError
 from cluster.kernels.cpu.collective import (
     FLOAT_TYPES,
@@ -43,10 +43,10 @@ def segment_path() -> str:
 class ShmCommunicator:
     """A Communicator over one shared segment of memory; see ``kernels/cpu/src/collective.c``.
 
-    ``all_reduce_`` takes float32, bfloat16 and float16 (summed in float32, rounded once), all else any dtype. Messages of
-    ``send`` are buffered up to half a megabyte per pair of ranks. Every op waits ``timeout_s`` at most for ranks that do
-    not come; then the group is of no use any more, on all ranks. Ops can be recorded in programs
-    (``kernels/cpu/program.py``): there they return without a word when they fail, and ``check`` raises.
+    ``all_reduce_`` takes float32, bfloat16 and float16 (summed in float32, rounded once), all else any dtype. ``send``
+    buffers up to half a megabyte per pair of ranks. Every op waits ``timeout_s`` at most for ranks that do not come;
+    then the group is of no use any more, on all ranks. Ops can be recorded in programs (``kernels/cpu/program.py``):
+    there they return without a word when they fail, and ``check`` raises.
     """
 
     @staticmethod
@@ -103,26 +103,29 @@ class ShmCommunicator:
         self.check()
 
     def all_gather(self, x: Tensor, out: Tensor) -> None:
-        _check_like(out, x.dtype, (self.size, *x.shape))
+        check_like(out, x.dtype, (self.size, *x.shape))
         self._functions.all_gather(self._address, _address(x), x.nbytes, _address(out))
         self.check()
 
     def all_to_all(self, x: Tensor, out: Tensor) -> None:
-        _check_like(x, x.dtype, (self.size, *x.shape[1:]))
-        _check_like(out, x.dtype, tuple(x.shape))
+        check_like(x, x.dtype, (self.size, *x.shape[1:]))
+        check_like(out, x.dtype, tuple(x.shape))
         self._functions.all_to_all(self._address, _address(x), x.nbytes // self.size, _address(out))
         self.check()
 
     def broadcast_(self, x: Tensor, root: int) -> None:
-        self._functions.broadcast(self._address, _address(x), x.nbytes, self._peer(root))
+        check_rank(root, self.size)
+        self._functions.broadcast(self._address, _address(x), x.nbytes, root)
         self.check()
 
     def send(self, x: Tensor, to_rank: int) -> None:
-        self._functions.send(self._address, _address(x), x.nbytes, self._peer(to_rank))
+        check_peer(to_rank, self.rank, self.size)
+        self._functions.send(self._address, _address(x), x.nbytes, to_rank)
         self.check()
 
     def recv(self, out: Tensor, from_rank: int) -> None:
-        self._functions.recv(self._address, _address(out), out.nbytes, self._peer(from_rank))
+        check_peer(from_rank, self.rank, self.size)
+        self._functions.recv(self._address, _address(out), out.nbytes, from_rank)
         self.check()
 
     def barrier(self) -> None:
@@ -150,13 +153,8 @@ class ShmCommunicator:
             self._window = None  # the mapping cannot go before what looks into it
             mapping.close()
 
-    def _peer(self, rank: int) -> int:
-        if not 0 <= rank < self.size:
-            raise ValueError(f"ranks are 0 to {self.size - 1}; got {rank}")
-        return rank
-
     def _message(self, failure: Failure) -> str:
-        ranks = "rank " + ", ".join(map(str, failure.ranks))
+        ranks = rank_names(failure.ranks)
         match failure.kind:
             case FailureKind.LATE:
                 return f"{ranks} did not come within {self._timeout_s:g} s, says rank {failure.found_by} of {self.size}"
@@ -211,11 +209,5 @@ def _remove_orphans(folder: Path) -> None:
 
 
 def _address(x: Tensor) -> int:
-    if not x.is_contiguous() or x.device.type != "cpu":
-        raise ValueError(f"tensors must be contiguous, on the CPU; got {tuple(x.shape)}, {x.stride()} on {x.device}")
+    check_contiguous(x)
     return x.data_ptr()
-
-
-def _check_like(x: Tensor, dtype: torch.dtype, shape: tuple[int, ...]) -> None:
-    if x.dtype is not dtype or tuple(x.shape) != shape:
-        raise ValueError(f"expected {dtype} {shape}; got {x.dtype} {tuple(x.shape)}")
