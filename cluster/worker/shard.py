@@ -38,7 +38,7 @@ from cluster.worker.model_runner import ModelRunner
 from cluster.worker.numbers import Numbers, choose_numbers
 from cluster.worker.peers import Peers
 from cluster.worker.rehearsal import free_beside_activations, rehearse
-from cluster.worker.stage_times import measure_stage
+from cluster.worker.stage_times import measure_stage, measured_model
 from cluster.worker.token_feed import TokenSink, TokenSource
 
 _log = logging.getLogger(__name__)
@@ -117,7 +117,8 @@ class Shard:
         with self._own_memory():
             one_layer = Layout(rank=self._layout.tp_rank, tp_size=self._layout.tp_size, layers=(0, 1))
             options = replace(self._load_options(), load_format="dummy")
-            model = ModelLoader(self._checkpoint, self._file, options, layout=one_layer, tp=self._peers.tp).load()
+            file = measured_model(self._file)
+            model = ModelLoader(self._checkpoint, file, options, layout=one_layer, tp=self._peers.tp).load()
             return measure_stage(
                 cast("DecoderForCausalLM", model),
                 self._cache_shape(model),
@@ -125,6 +126,7 @@ class Shard:
                 self._device,
                 self._peers,
                 num_seqs=min(_MICRO_BATCH, -(-self._max_num_seqs // self._layout.pp_size)),
+                vocab_size=self._file.integer("vocab_size"),
             )
 
     def load(self, layers: tuple[int, int] | None = None) -> int:
