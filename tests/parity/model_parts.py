@@ -24,6 +24,7 @@ from cluster.worker.kv_cache import KVCacheShape
 BLOCK_SIZE = 16
 _BLOCKS_EACH = 4  # of a sequence: 64 positions
 _NUM_SEQS = 3
+_CPU = torch.device("cpu")
 _ROUNDING = 2e-5  # of the largest number
 
 Stages = Sequence[tuple[int, int]]
@@ -51,6 +52,7 @@ class ModelParts:
         stages: Stages | None = None,
         kind: BackendKind = "torch",
         weights: str = "float32",
+        device: torch.device = _CPU,
         **options: Any,
     ) -> None:
         """
@@ -59,9 +61,9 @@ class ModelParts:
         """
         backend = kernels.backend(kind)
         kernels.use(backend)
-        device, file = torch.device("cpu"), ConfigFile.read(checkpoint / "config.json")
+        file = ConfigFile.read(checkpoint / "config.json")
         load_options = LoadOptions(backend=backend, weights=weights, dtype=torch.float32, device=device, **options)
-        self._tp_size = tp_size
+        self._tp_size, self._device = tp_size, device
         self._groups = [ThreadGroup(tp_size) for _ in stages or [None]]
 
         def load(stage: int, tp: ThreadCommunicator) -> Rank:
@@ -95,9 +97,11 @@ class ModelParts:
             AssertionError: a stage's ranks do not agree on every bit of what they give.
         """
         query_lens = [len(ids) for ids in tokens]
+        device = self._device
         positions = [start + i for start, ids in zip(num_computed, tokens, strict=True) for i in range(len(ids))]
+        positions_T = torch.tensor(positions, device=device)
         sequences = np.repeat(np.arange(len(tokens)), query_lens)
-        slots_T = torch.from_numpy(sequences * _BLOCKS_EACH * BLOCK_SIZE) + torch.tensor(positions)
+        slots_T = torch.from_numpy(sequences * _BLOCKS_EACH * BLOCK_SIZE).to(device) + positions_T
         attn = {
             "query_lens": query_lens,
             "context_lens": [start + n for start, n in zip(num_computed, query_lens, strict=True)],
@@ -106,12 +110,12 @@ class ModelParts:
             "block_size": BLOCK_SIZE,
             "dtype": torch.float32,
         }
-        inputs: list[Any] = [torch.tensor([i for ids in tokens for i in ids])] * self._tp_size
+        inputs: list[Any] = [torch.tensor([i for ids in tokens for i in ids], device=device)] * self._tp_size
         for group, stage in zip(self._groups, self.stages, strict=True):
 
             def run(tp: ThreadCommunicator, stage: list[Rank] = stage, inputs: list[Any] = inputs) -> Any:
                 rank = stage[tp.rank]
-                return rank.model(inputs[tp.rank], torch.tensor(positions), AttentionMetadata(**attn), rank.kv_caches)
+                return rank.model(inputs[tp.rank], positions_T, AttentionMetadata(**attn), rank.kv_caches)
 
             inputs = group.run(run)
             for other in inputs[1:]:
@@ -138,7 +142,11 @@ def run_steps(parts: ModelParts) -> tuple[Tensor, Tensor]:
 def check_equal(parts: ModelParts, expected: tuple[Tensor, Tensor]) -> None:
     """Raises AssertionError unless the parts give ``expected`` but for the rounding of float32, and the same likeliest
     ids, except where two are as likely as rounding can tell."""
-    found = run_steps(parts)
+    check_near(run_steps(parts), expected)
+
+
+def check_near(found: tuple[Tensor, Tensor], expected: tuple[Tensor, Tensor]) -> None:
+    """As ``check_equal``, of (hidden states, logits)."""
     for numbers, wanted in zip(found, expected, strict=True):
         assert (numbers - wanted).abs().max() <= _ROUNDING * wanted.abs().max()
     first, second = expected[1].topk(2).values.unbind(-1)

@@ -51,12 +51,8 @@ class TestBytes:
         sizes = {name: t.nbytes for name, t in load_file(checkpoint / "model.safetensors").items()}
         norms = 2 * sizes["model.norm.weight"]
         layer = norms + sum(sizes[f"model.layers.0.self_attn.{kv}_proj.weight"] for kv in "kv")
-        halves = [
-            f"{attention}q_proj",
-            f"{attention}o_proj",
-            *(f"model.layers.0.mlp.{p}_proj" for p in ("gate", "up", "down")),
-        ]
-        layer += sum(sizes[f"{name}.weight"] // 2 for name in halves)
+        halves = ["self_attn.q_proj", "self_attn.o_proj", "mlp.gate_proj", "mlp.up_proj", "mlp.down_proj"]
+        layer += sum(sizes[f"model.layers.0.{name}.weight"] // 2 for name in halves)
         row = 64 * 4
         for rank, rows, ends in zip(ranks, (130, 129, 130, 129), (0, 0, 256, 256), strict=True):
             assert rank.loader.num_bytes_read == layer + rows * row + ends
