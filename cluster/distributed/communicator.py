@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from typing import Protocol
-
-from torch import Tensor
+from typing import TYPE_CHECKING, Protocol
 
 from cluster.errors import EngineFault
+
+if TYPE_CHECKING:  # a shard's process tells why it ends also before it has loaded torch
+    from torch import Tensor
 
 
 class PeerLost(EngineFault):

@@ -49,11 +49,11 @@ class GroupExecutor:
         if len(self._in_flight) == self.max_in_flight:
             raise EngineFault(f"step {step.step_id} was submitted before those under way were collected")
         frame = to_frame(encode(Run(step=step)))
-        try:
-            for member in self._members:
+        for member in self._members:
+            try:
                 member.work.send_frame(frame)
-        except ConnectionLost as error:
-            raise self._fault() from error
+            except ConnectionLost as error:
+                raise self._fault(member, error) from error
         self._in_flight.append(step.step_id)
 
     def collect(self) -> StepOutput:
@@ -62,15 +62,15 @@ class GroupExecutor:
         step_id = self._in_flight.popleft()
         try:
             message = decode_from_shard(self._answering.work.receive(self._step_timeout_s))
-            if not isinstance(message, Ran) or message.output.step_id != step_id:
-                raise self._watch.lose(_garbage(self._answering))
-            self._answering.done_step = step_id
-            for member in self._others:
-                self._take_in(member, step_id)
         except ReceiveTimeout as error:
             raise self._late(step_id) from error
         except ConnectionLost as error:
-            raise self._fault() from error
+            raise self._fault(self._answering, error) from error
+        if not isinstance(message, Ran) or message.output.step_id != step_id:
+            raise self._out_of_turn(self._answering)
+        self._answering.done_step = step_id
+        for member in self._others:
+            self._take_in(member, step_id)
         return message.output
 
     def shutdown(self) -> None:
@@ -79,23 +79,27 @@ class GroupExecutor:
 
     def _take_in(self, member: Member, step_id: int) -> None:
         """What a rank that does not answer steps has said it has done; it may be a little behind."""
-        while member.done_step < step_id and (frame := member.work.try_receive()) is not None:
-            message = decode_from_shard(frame)
-            last = step_id + len(self._in_flight)
-            if not isinstance(message, Done) or not member.done_step < message.step_id <= last:
-                raise self._watch.lose(_garbage(member))
-            member.done_step = message.step_id
+        try:
+            while member.done_step < step_id and (frame := member.work.try_receive()) is not None:
+                message = decode_from_shard(frame)
+                last = step_id + len(self._in_flight)
+                if not isinstance(message, Done) or not member.done_step < message.step_id <= last:
+                    raise self._out_of_turn(member)
+                member.done_step = message.step_id
+        except ConnectionLost as error:
+            raise self._fault(member, error) from error
 
-    def _fault(self) -> EngineFault:
-        return _as_fault(self._watch.await_fault())
+    def _fault(self, member: Member, error: ConnectionLost) -> EngineFault:
+        return _as_fault(self._watch.await_fault(member, error))
+
+    def _out_of_turn(self, member: Member) -> EngineFault:
+        fault = GroupLost(f"{member} sent something that is no answer to the step", (member.rank,))
+        return _as_fault(self._watch.lose(fault))
 
     def _late(self, step_id: int) -> EngineFault:
         """Ends the group because of a step that takes too long, and says who has not done it."""
-        try:
-            for member in self._others:
-                self._take_in(member, step_id)
-        except ConnectionLost:
-            return self._fault()
+        for member in self._others:
+            self._take_in(member, step_id)
         late = [member for member in self._members if member.done_step < step_id]
         # A rank that is blocked by another answers pings.
         now, allowed_s = time.monotonic(), min(1.0, self._step_timeout_s / 4)
@@ -112,10 +116,6 @@ class GroupExecutor:
                 )
             )
         )
-
-
-def _garbage(member: Member) -> GroupLost:
-    return GroupLost(f"{member} sent something that is no answer to a step", (member.rank,))
 
 
 def _as_fault(error: ClusterError) -> EngineFault:

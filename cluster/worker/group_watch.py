@@ -15,12 +15,13 @@ from cluster.distributed.frames import ConnectionLost
 from cluster.errors import ClusterError, EngineFault, error_from_reason
 from cluster.worker.group_member import GroupLost, Member
 from cluster.worker.launcher import Launcher
-from cluster.worker.messages import Failed, Ping, Pong, decode_from_shard, encode
+from cluster.worker.messages import Failed, MalformedMessage, Ping, Pong, decode_from_shard, encode
 
 _log = logging.getLogger(__name__)
 
 _PING_S = 0.5
 _SECOND_HAND_S = 0.2  # who only noticed that a peer is gone waits that long for the peer's own end to show
+_REASON_S = 1.0  # between the end of a member's work connection and what its control connection says about it
 _EXIT_STATUS_S = 0.1  # between the end of a process's sockets and its own
 _LOST_GRACE_S = 0.25  # for shards to release what they hold before they are killed: after a loss,
 _END_GRACE_S = 5.0  # and in good order
@@ -77,12 +78,14 @@ class GroupWatch:
         self.lost.set_result(fault)
         return fault
 
-    def await_fault(self) -> ClusterError:
-        """Why a connection just broke under the caller."""
-        deadline = time.monotonic() + 2.0
-        while self._fault is None and not self._is_ending and time.monotonic() < deadline:
-            time.sleep(0.001)
-        return self.lose(EngineFault("a connection to a shard broke, and nothing says why"))
+    def await_fault(self, member: Member, error: ConnectionLost) -> ClusterError:
+        """Ends the group because a work connection failed the caller; gives the reason, which may be another member's
+        end."""
+        if not isinstance(error, MalformedMessage):
+            deadline = time.monotonic() + _REASON_S
+            while not self._is_ending and time.monotonic() < deadline:
+                time.sleep(0.001)
+        return self.lose(GroupLost(f"{member} is lost: {error.message}", (member.rank,)))
 
     def end(self) -> None:
         """Ends the group, and returns when its processes are gone and its connections closed. Idempotent."""

@@ -143,6 +143,11 @@ FromShard = Hello | Offer | Joined | Loaded | Allocated | Ran | Done | Pong | Fa
 
 T = TypeVar("T")
 
+
+class MalformedMessage(ConnectionLost):
+    """A frame that is no message of this version, in this direction."""
+
+
 _encoder = msgspec.msgpack.Encoder()
 _to_shard = msgspec.msgpack.Decoder(ToShard)
 _from_shard = msgspec.msgpack.Decoder(FromShard)
@@ -153,12 +158,12 @@ def encode(message: _Message) -> bytes:
 
 
 def decode_to_shard(frame: bytes | memoryview) -> ToShard:
-    """Raises ConnectionLost where the frame is no message to a shard."""
+    """Raises MalformedMessage where the frame is no message to a shard."""
     return _decode(_to_shard, frame)
 
 
 def decode_from_shard(frame: bytes | memoryview) -> FromShard:
-    """Raises ConnectionLost where the frame is no message from a shard."""
+    """Raises MalformedMessage where the frame is no message from a shard."""
     return _decode(_from_shard, frame)
 
 
@@ -166,4 +171,4 @@ def _decode(decoder: msgspec.msgpack.Decoder[T], frame: bytes | memoryview) -> T
     try:
         return decoder.decode(frame)
     except (msgspec.DecodeError, ValueError, RecursionError) as error:
-        raise ConnectionLost(f"a frame of {len(frame)} bytes is no message: {error}") from error
+        raise MalformedMessage(f"a frame of {len(frame)} bytes is no message: {error}") from error

@@ -246,7 +246,7 @@ class _Start:
         try:
             member.work.send(payload)
         except ConnectionLost as error:
-            raise self._watch.await_fault() from error
+            raise self._watch.await_fault(member, error) from error
 
     def _gather(self, stage: Stage, kind: type[Answer]) -> list[Answer]:
         """Every rank's answer, by rank."""
@@ -279,7 +279,7 @@ class _Start:
             while (frame := member.work.try_receive()) is not None:
                 yield decode_from_shard(frame)
         except ConnectionLost as error:
-            raise self._watch.await_fault() from error
+            raise self._watch.await_fault(member, error) from error
 
     def _pass_on(self, sender: Member, offer: Offer) -> None:
         for member in self._members:

@@ -12,6 +12,7 @@ from cluster.distributed.frames import ConnectionLost, FrameSocket, Listener, co
 
 _STEP_ID = struct.Struct("<q")  # then the ids, int32 little-endian each
 _ID = np.dtype("<i4")
+_NO_IDS = np.empty(0, dtype=_ID)
 
 
 class SocketTokenSink:
@@ -71,17 +72,17 @@ class SocketTokenSource:
             raise PeerLost(f"the last stage cannot be reached: {error.message}") from error
 
     def get(self, step_id: int) -> Sequence[int]:
-        came = -1
+        came, token_ids = -1, _NO_IDS
         try:
             while came < step_id:  # of steps that nobody asked for
                 frame = self._sink.receive(self._timeout_s)
                 (came,) = _STEP_ID.unpack_from(frame)
-        except (ConnectionLost, struct.error) as error:
+                token_ids = np.frombuffer(frame, dtype=_ID, offset=_STEP_ID.size)
+        except (ConnectionLost, struct.error, ValueError) as error:
             raise PeerLost(f"the tokens of step {step_id} did not come from the last stage: {error}") from error
         if came > step_id:
             raise PeerLost(f"the last stage sent the tokens of step {came} where those of step {step_id} come next")
-        token_ids: list[int] = np.frombuffer(frame, dtype=_ID, offset=_STEP_ID.size).tolist()
-        return token_ids
+        return token_ids.tolist()
 
     def abort(self) -> None:
         """Lets a call under way raise PeerLost. From any thread."""
