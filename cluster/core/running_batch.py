@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import bisect
-from collections.abc import Callable, Collection, Iterator
+from collections.abc import Callable, Collection, Iterable, Iterator
+from itertools import islice
 from operator import attrgetter
 
 from cluster.core.block_manager import BlockManager
@@ -73,6 +74,17 @@ class RunningBatch:
         plan.started.append(request_id)
         plan.num_cached_tokens.append(num_cached_tokens)
         return blocks
+
+    def room_for(self, waiting: Iterable[TrackedRequest]) -> Iterator[TrackedRequest]:
+        """The first of those that wait, as far as there are places and blocks for all of them, shared ones aside."""
+        num_free_places = self._max_num_seqs - len(self)
+        num_free_blocks = self._blocks.num_free_blocks - len(self)
+        for tracked in islice(waiting, num_free_places):
+            num_free_blocks -= -(-tracked.num_tokens // self._blocks.block_size)
+            if num_free_blocks < 0:
+                break
+            yield tracked
+            num_free_blocks -= 1  # a spare one for each
 
     def grow(self, tracked: TrackedRequest) -> tuple[int, ...] | None:
         """The blocks that a member misses; None where too few are free."""

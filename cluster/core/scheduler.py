@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections import Counter, deque
 from collections.abc import Collection, Mapping, Sequence
+from itertools import chain
 from types import MappingProxyType
 
 from cluster.core.block_manager import BlockManager
@@ -71,7 +72,7 @@ class Scheduler:
         self._blocks = block_manager
         self._policy = ClassPolicy(config.classes, burst_tokens=config.max_num_batched_tokens)
         self._budget = StepBudget(config, min_prefill_tokens=block_manager.block_size, num_stages=num_stages)
-        self._micro_batches = MicroBatches(num_stages)
+        self._micro_batches = MicroBatches(num_stages, min_prompt_tokens=block_manager.block_size)
         self._live: dict[int, TrackedRequest] = {}
         self._num_live = Counter[Priority]()
         self._waiting = WaitingQueue()
@@ -159,6 +160,8 @@ class Scheduler:
             may_wait=not heads or not self._policy.is_within_share(self._pick(heads)),
             others_decode=len(batch) < len(decoding),
         )
+        could_start = self._running.room_for(self._waiting)
+        budget = self._micro_batches.max_prompt_tokens(chain(*prompts, could_start), budget)
         budget = self._admit_urgent(plan, prompts, decoding, batch, budget)
         num_decoded = self._decode(plan, batch)
         # Where all of these have lost their places it is the turn of those that were left out.

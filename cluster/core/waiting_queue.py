@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import bisect
+from collections.abc import Iterator
+from itertools import chain
 from operator import attrgetter
 
 from cluster.core.request import Priority
@@ -27,6 +29,10 @@ class WaitingQueue:
         """The oldest of its class."""
         waiting = self._classes[priority]
         return waiting[0] if waiting else None
+
+    def __iter__(self) -> Iterator[TrackedRequest]:
+        """The most urgent class first, and the oldest of each."""
+        return chain.from_iterable(self._classes)
 
     def remove(self, tracked: TrackedRequest) -> bool:
         """False where it does not wait here."""

@@ -183,6 +183,7 @@ class SchedulerHarness:
         schedule = self.scheduler.schedule(self.now)
         self._check_expired(schedule)
         decoding = {request_id for request_id, entry in self.live.items() if entry.decodes}
+        unread = {request_id: entry.num_missing_tokens for request_id, entry in self.live.items()}
         self._check_preempted(schedule)
         self._check_worker(schedule)
         self._check_started(schedule)
@@ -191,7 +192,8 @@ class SchedulerHarness:
             self._check_share(share, share.sequence_id in schedule.started)
         self._run(schedule)
         self._check_limits(schedule)
-        self._check_not_idle(schedule)
+        self._check_not_idle(schedule, decoding)
+        self._check_pace(schedule, unread, decoding)
         for entry in self.live.values():
             if entry.running and entry.num_computed_tokens >= entry.request.num_prompt_tokens:
                 entry.siblings.computed = True
@@ -403,7 +405,7 @@ class SchedulerHarness:
         assert num_new_tokens <= self.config.max_num_batched_tokens, "over the token budget"
         assert sum(e.running for e in self.live.values()) <= self.config.max_num_seqs, "over the sequence budget"
 
-    def _check_not_idle(self, schedule: Schedule) -> None:
+    def _check_not_idle(self, schedule: Schedule, decoding: set[int]) -> None:
         if not schedule.scheduled:
             assert self.in_flight or not self.live, "idle, with work waiting"
         num_new_tokens = sum(share.num_new_tokens for share in schedule.scheduled)
@@ -416,16 +418,40 @@ class SchedulerHarness:
             for i, e in self.live.items()
             if e.wants_tokens and i not in ids and (self.num_stages == 1 or not e.decodes)
         ]
-        if self.config.target_itl_ms is not None:  # prompts may be kept short, decodes never stall
+        # Prompts may be kept short; decodes never stall.
+        if self.config.target_itl_ms is not None or self.num_stages > 1:
             missed = [i for i in missed if self.live[i].num_missing_tokens == 1]
         assert not missed, f"there was budget left for the running {missed}"
         num_running = sum(entry.running for entry in self.live.values())
         waiting = self._waiting()
         has_room = num_running < self.config.max_num_seqs and self.config.target_itl_ms is None
+        if self.num_stages > 1 and ids - decoding:  # prompts are spread
+            has_room = False
         if waiting and not schedule.preempted and has_room:
             most = max(-(-entry.num_tokens // self.blocks.block_size) for entry in waiting)
             spare = self.blocks.num_free_blocks - num_running
             assert most > spare, "there were blocks for all that wait, and nobody was started"
+
+    def _check_pace(self, schedule: Schedule, unread: dict[int, int], decoding: set[int]) -> None:
+        """In a pipeline prompts are spread over two rounds, not more and not less.
+
+        Args:
+            unread: tokens that each missed before the plan.
+            decoding: those that missed one token, and wanted it.
+        """
+        if self.num_stages == 1 or schedule.preempted:
+            return
+        num_tokens = sum(share.num_new_tokens for share in schedule.scheduled if share.sequence_id not in decoding)
+        num_decoded = sum(share.sequence_id in decoding for share in schedule.scheduled)
+        all_unread = sum(num for i, num in unread.items() if i in self.live and i not in decoding)
+        most = max(self.blocks.block_size, -(-all_unread // (2 * self.num_stages)))
+        assert num_tokens <= most, "prompts are not spread over the steps"
+        if self.config.target_itl_ms is None:
+            running = {i for i, entry in self.live.items() if entry.running} - decoding - set(schedule.started)
+            running_unread = sum(unread[i] for i in running if unread[i] > 1)
+            least = max(self.blocks.block_size, -(-running_unread // (2 * self.num_stages)))
+            limit = self.config.max_num_batched_tokens - num_decoded
+            assert num_tokens >= min(least, running_unread, limit), "prompts are spread over too many steps"
 
     def _waiting(self) -> Collection[Entry]:
         return [

@@ -80,14 +80,44 @@ def test_a_lone_sequence_is_planned_again_when_its_token_is_there():
     assert harness.ended == {only: FinishReason.LENGTH}
 
 
+def prompt_chunks(harness: SchedulerHarness, num_steps: int) -> list[int]:
+    """Prompt tokens of the steps that are planned next, all of them ahead."""
+    return [sum(share.num_new_tokens for share in harness.schedule().scheduled) for _ in range(num_steps)]
+
+
 def test_chunks_of_a_prompt_follow_each_other():
-    harness = create_harness(4, max_num_batched_tokens=16)
+    harness = create_harness(4, block_size=16)
     prompt = harness.add(num_prompt_tokens=45, max_tokens=2)
-    chunks = [harness.schedule().scheduled[0].num_new_tokens for _ in range(3)]
-    assert chunks == [16, 16, 13]
-    assert ids(harness.schedule()) == []
+    assert prompt_chunks(harness, 4) == [16, 16, 13, 0]
     harness.drain()
     assert harness.ended == {prompt: FinishReason.LENGTH}
+
+
+@pytest.mark.parametrize(
+    ("num_stages", "expected"), [(1, [160, 0, 0]), (2, [40, 30, 23]), (4, [20, 18, 16]), (16, [8, 8, 8])]
+)
+def test_a_prompt_is_spread_over_two_rounds_of_the_stages(num_stages: int, expected: list[int]):
+    harness = create_harness(num_stages, max_num_batched_tokens=1024, block_size=8)
+    harness.add(num_prompt_tokens=160, max_tokens=1)
+    assert prompt_chunks(harness, 3) == expected
+    harness.drain()
+
+
+def test_many_prompts_fill_whole_steps():
+    harness = create_harness(4, max_num_batched_tokens=32, num_blocks=1024)
+    for _ in range(16):
+        harness.add(num_prompt_tokens=60, max_tokens=2)
+    assert prompt_chunks(harness, 5) == [32] * 5
+    harness.drain()
+
+
+@pytest.mark.parametrize("limits", [{"max_num_seqs": 1}, {"num_blocks": 12}], ids=["places", "blocks"])
+def test_prompts_that_find_no_room_yet_do_not_make_the_chunks_larger(limits: dict[str, int]):
+    harness = create_harness(2, max_num_batched_tokens=64, **limits)
+    for _ in range(16):
+        harness.add(num_prompt_tokens=40, max_tokens=2)
+    assert prompt_chunks(harness, 2) == [10, 8]
+    harness.drain()
 
 
 def test_sequences_that_end_together_leave_even_micro_batches():

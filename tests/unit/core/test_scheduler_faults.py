@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import replace
 from functools import partial
 from typing import Any
@@ -233,6 +233,20 @@ class SmallMicroBatches(MicroBatches):
         return super().pick(decoding)[: 1 - self._num_stages or None]
 
 
+class WholePromptMicroBatches(MicroBatches):
+    """Has a prompt pass through the stages in one piece."""
+
+    def max_prompt_tokens(self, prompts: Iterable[TrackedRequest], limit: int) -> int:
+        return limit
+
+
+class ThinMicroBatches(MicroBatches):
+    """Spreads prompts thinner than it should."""
+
+    def max_prompt_tokens(self, prompts: Iterable[TrackedRequest], limit: int) -> int:
+        return super().max_prompt_tokens(prompts, limit) if self._num_stages == 1 else min(limit, 1)
+
+
 class DeafMicroBatches(MicroBatches):
     """Does not hear that steps are done."""
 
@@ -297,6 +311,11 @@ BROKEN: dict[str, tuple[dict[str, Any], str]] = {
     "decodes all at once": ({"create": partial(SchedulerWith, WholeMicroBatches)}, "more than a stage's part"),
     "decodes the youngest": ({"create": partial(SchedulerWith, YoungestMicroBatches)}, "waits longer"),
     "leaves decodes out": ({"create": partial(SchedulerWith, SmallMicroBatches)}, "was left out|idle, with work"),
+    "does not spread prompts": (
+        {"create": partial(SchedulerWith, WholePromptMicroBatches)},
+        "are not spread over the steps",
+    ),
+    "spreads prompts too thin": ({"create": partial(SchedulerWith, ThinMicroBatches)}, "over too many steps"),
     "decodes too late": ({"create": partial(SchedulerWith, DeafMicroBatches)}, "was left out|idle, with work"),
     "misses deadlines": ({"create": LateScheduler}, "whose deadline has come"),
     "exceeds the token budget": ({"create": GreedyScheduler}, "over the token budget"),
