@@ -19,7 +19,7 @@ from torch import Tensor
 from cluster.distributed.communicator import PeerLost
 from cluster.distributed.nccl_cuda import CudaDevice
 from cluster.distributed.nccl_in_flight import InFlight
-from cluster.distributed.tensors import check_like, check_peer
+from cluster.distributed.tensors import check_like, check_peer, check_rank
 from cluster.errors import Unsupported
 
 logger = logging.getLogger(__name__)
@@ -114,7 +114,7 @@ class NcclCommunicator:
     ) -> None:
         if len(unique_id) != UNIQUE_ID_BYTES:
             raise ValueError(f"a unique id has {UNIQUE_ID_BYTES} bytes, not {len(unique_id)}")
-        check_peer(rank, size)
+        check_rank(rank, size)
         self._cuda = cuda or CudaDevice(device)
         self._nccl = nccl or load_nccl()
         self.rank, self.size, self.device = rank, size, self._cuda.device
@@ -175,19 +175,19 @@ class NcclCommunicator:
 
     def broadcast_(self, x: Tensor, root: int) -> None:
         self._check(x)
-        check_peer(root, self.size)
+        check_rank(root, self.size)
         address, (count, code) = x.data_ptr(), self._units(x)
         self._queue(lambda nccl, stream: nccl.broadcast(address, address, count, code, root, stream))
 
     def send(self, x: Tensor, to_rank: int) -> None:
         self._check(x)
-        check_peer(to_rank, self.size)
+        check_peer(to_rank, self.rank, self.size)
         count, code = self._units(x)
         self._queue(lambda nccl, stream: nccl.send(x.data_ptr(), count, code, to_rank, stream))
 
     def recv(self, out: Tensor, from_rank: int) -> None:
         self._check(out)
-        check_peer(from_rank, self.size)
+        check_peer(from_rank, self.rank, self.size)
         count, code = self._units(out)
         self._queue(lambda nccl, stream: nccl.recv(out.data_ptr(), count, code, from_rank, stream))
 

@@ -206,6 +206,7 @@ class TestOperations:
             lambda: communicator.broadcast_(square, 2),
             lambda: communicator.send(square, -1),
             lambda: communicator.recv(square, 2),
+            lambda: communicator.recv(square, 0),  # itself
         ):
             with pytest.raises(ValueError):
                 call()
