@@ -13,6 +13,7 @@ from cluster.core.config import SchedulerConfig
 from cluster.core.deadline_queue import DeadlineQueue
 from cluster.core.micro_batches import MicroBatches
 from cluster.core.parking import Parking
+from cluster.core.queue_bounds import QueueBounds
 from cluster.core.request import FinishReason, Priority, Request
 from cluster.core.running_batch import RunningBatch
 from cluster.core.schedule import Schedule, StepPlan
@@ -21,7 +22,7 @@ from cluster.core.step import ScheduledSequence
 from cluster.core.step_budget import StepBudget
 from cluster.core.tracked_request import TrackedRequest
 from cluster.core.waiting_queue import WaitingQueue
-from cluster.errors import InvalidRequest, Overloaded
+from cluster.errors import InvalidRequest
 
 _CLASSES = tuple(Priority)
 _NO_HASHES: Mapping[int, Sequence[bytes]] = MappingProxyType({})
@@ -68,11 +69,11 @@ class Scheduler:
     def __init__(
         self, config: SchedulerConfig, block_manager: BlockManager, *, block_bytes: int = 0, num_stages: int = 1
     ) -> None:
-        self._config = config
-        self._blocks = block_manager
         self._policy = ClassPolicy(config.classes, burst_tokens=config.max_num_batched_tokens)
         self._budget = StepBudget(config, min_prefill_tokens=block_manager.block_size, num_stages=num_stages)
         self._micro_batches = MicroBatches(num_stages, min_prompt_tokens=block_manager.block_size)
+        capacity = block_manager.num_blocks * block_manager.block_size
+        self._bounds = QueueBounds(config.max_num_waiting, self._policy.share, capacity)
         self._live: dict[int, TrackedRequest] = {}
         self._num_live = Counter[Priority]()
         self._waiting = WaitingQueue()
@@ -113,10 +114,12 @@ class Scheduler:
             Overloaded: more than ``max_num_waiting`` would wait, and more than its class's share of them of some class.
         """
         for request in requests:
-            self._check(request)
+            if request.request_id in self._live:
+                raise InvalidRequest(f"request {request.request_id} is already live", field="request_id")
+            self._bounds.check(request)
         if len({request.request_id for request in requests}) < len(requests):
             raise InvalidRequest("two requests have the same id", field="request_id")
-        self._check_queue(requests)
+        self._bounds.check_queue(requests, self._num_live, self._running)
         groups: dict[int, SiblingGroup] = {}
         for request in requests:
             group = None if request.group is None else groups.setdefault(request.group, SiblingGroup())
@@ -227,36 +230,6 @@ class Scheduler:
         self._running.check_integrity(self._live.values())
         if self._num_queued_tokens != sum(tracked.num_missing_tokens for tracked in self._live.values()):
             raise RuntimeError(f"{self._num_queued_tokens} queued tokens were counted, and they are not there")
-
-    def _check(self, request: Request) -> None:
-        if request.request_id in self._live:
-            raise InvalidRequest(f"request {request.request_id} is already live", field="request_id")
-        if request.num_prompt_tokens < 1 or request.max_tokens < 1:
-            raise InvalidRequest(
-                f"request {request.request_id} has {request.num_prompt_tokens} prompt tokens and asks for "
-                f"{request.max_tokens}; both must be at least 1"
-            )
-        # The last sampled token is never computed.
-        num_tokens = request.num_prompt_tokens + request.max_tokens - 1
-        capacity = self._blocks.num_blocks * self._blocks.block_size
-        if num_tokens > capacity:
-            raise InvalidRequest(
-                f"request {request.request_id} needs KV for up to {num_tokens} tokens; the whole pool holds {capacity}",
-                field="sampling.max_tokens",
-            )
-
-    def _check_queue(self, requests: Sequence[Request]) -> None:
-        max_num_waiting = self._config.max_num_waiting
-        if self.num_waiting + len(requests) <= max_num_waiting:
-            return
-        running = Counter(tracked.request.priority for tracked in self._running)
-        for priority, num_new in Counter(request.priority for request in requests).items():
-            guaranteed = self._policy.share(priority) * max_num_waiting
-            if self._num_live[priority] - running[priority] + num_new > guaranteed:
-                raise Overloaded(
-                    f"{self.num_waiting} sequences wait here and {len(requests)} more came; at most {max_num_waiting} "
-                    f"may wait, and of class {priority.name} {int(guaranteed)} in any case"
-                )
 
     def _heads(self, prompts: _Prompts, limit: int = len(_CLASSES)) -> dict[Priority, TrackedRequest]:
         """Who is next in each class; those that wait only of the ``limit`` most urgent classes."""

@@ -140,6 +140,11 @@ def test_bubble_of_shape_m_with_64_requests(lengths: list[Lengths]):
     assert report.bubble <= BAR
 
 
+def test_a_target_between_tokens_holds_for_the_whole_round():
+    report = simulate(create_shape_m(), WORKLOADS["mixed"], target_itl_ms=500.0)
+    assert 0.25 < report.itl_s.p99 <= 0.5
+
+
 class PlainMicroBatches(MicroBatches):
     """Prompts pass through the stages in pieces as large as a step."""
 

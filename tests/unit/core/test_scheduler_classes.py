@@ -10,7 +10,7 @@ import pytest
 from scheduler_harness import SchedulerHarness
 
 from cluster.core.class_policy import ClassPolicy
-from cluster.core.config import ClassConfig, ClassesConfig
+from cluster.core.config import ClassConfig, ClassesConfig, SchedulerConfig
 from cluster.core.request import Priority
 from cluster.core.scheduler import Scheduler
 
@@ -258,9 +258,9 @@ class StrictPolicy(ClassPolicy):
 
 
 class StrictScheduler(Scheduler):
-    def __init__(self, *args: Any, **kwargs: Any) -> None:
-        super().__init__(*args, **kwargs)
-        self._policy = StrictPolicy(self._config.classes, burst_tokens=self._config.max_num_batched_tokens)
+    def __init__(self, config: SchedulerConfig, *args: Any, **kwargs: Any) -> None:
+        super().__init__(config, *args, **kwargs)
+        self._policy = StrictPolicy(config.classes, burst_tokens=config.max_num_batched_tokens)
 
 
 def create_flooded(create: type[Scheduler]) -> SchedulerHarness:

@@ -34,11 +34,15 @@ def test_walks_meet_what_they_are_for() -> None:
     rng = random.Random(0)
     ends: set[FinishReason | str] = set()
     num_preempted_in_flight = num_parked = num_resumed = num_forks = num_cached_tokens = num_shielded = 0
+    num_left_out = 0
     for _ in range(100):
         harness = create_random_harness(rng)
         for _ in range(250):
             act(harness, rng)
             num_preempted_in_flight += any(e.num_placeholders and not e.running for e in harness.live.values())
+            if harness.in_flight and harness.num_stages > 1:
+                last = {share.sequence_id for share in harness.in_flight[-1].scheduled}
+                num_left_out += any(e.decodes and i not in last for i, e in harness.live.items()) and bool(last)
         ends.update(harness.ended.values())
         num_parked += harness.num_parked
         num_resumed += harness.num_resumed
@@ -49,3 +53,4 @@ def test_walks_meet_what_they_are_for() -> None:
     assert min(num_preempted_in_flight, num_shielded) > 20
     assert min(num_parked, num_resumed, num_forks) > 30
     assert num_cached_tokens > 1000
+    assert num_left_out > 1000

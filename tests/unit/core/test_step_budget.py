@@ -125,6 +125,22 @@ def test_prompts_get_on_where_no_number_of_decodes_keeps_the_target(target_itl_m
     assert budget.num_prefill_tokens(64, [CONTEXT] * 64, 0) == MIN_TOKENS
 
 
+def test_each_step_of_a_pipeline_has_its_part_of_the_target():
+    config = SchedulerConfig(max_num_batched_tokens=2048, target_itl_ms=200.0)
+    budget = StepBudget(config, min_prefill_tokens=MIN_TOKENS, num_stages=4)
+    run(budget, 200)
+    durations = [duration_s for _, duration_s in run(budget, 300, seed=1)]
+    assert max(durations) <= 0.0505
+    assert sum(durations) / len(durations) >= 0.048
+
+
+def test_a_step_without_decodes_is_cut_where_others_wait_behind_it():
+    budget = create_budget()
+    run(budget, 200)
+    assert budget.num_prefill_tokens(0, [], 0) == 2048
+    assert 300 <= budget.num_prefill_tokens(0, [], 0, others_decode=True) <= 450  # 45 ms
+
+
 def test_late_chunks_of_a_prompt_are_shorter():
     budget, rng = create_budget(), random.Random(0)
     for _ in range(500):
