@@ -53,8 +53,8 @@ def load_nccl() -> Any:
 
 
 def new_unique_id(nccl: Any = None) -> bytes:
-    """128 bytes that name a group to come. Rank 0 makes them and must live until all ranks have joined: they hold the
-    address that it listens on from now on.
+    """128 bytes that name a group to come, for rank 0 to make and to hand on. They hold the address that the process
+    that made them listens on from now on, so it must live until all ranks have joined.
 
     Args:
         nccl: a module like ``cupy.cuda.nccl``; None loads that one.
@@ -72,10 +72,10 @@ class NcclCommunicator:
     results, and again before using them. Once lost, it is lost for good; graphs that recorded it must not be replayed.
 
     Args:
-        unique_id: from ``new_unique_id`` in rank 0's process.
+        unique_id: from ``new_unique_id``.
         rank: in [0, size).
         size: ranks of the group.
-        device: this rank's CUDA device.
+        device: this rank's CUDA device, which is the calling thread's current one.
         timeout_s: how long operations in flight may take without one of them finishing.
         build_timeout_s: how long all ranks may take to join, and the first all-reduce after that; None: ``timeout_s``.
         batch_invariant: sums run in the order of the ranks, so results do not depend on what NCCL picks for a size.

@@ -68,6 +68,7 @@ def check_capture(communicator: Communicator, device: torch.device) -> None:
     side, graph = torch.cuda.Stream(device), torch.cuda.CUDAGraph()
     communicator.all_reduce_(x)
     communicator.all_gather(x, gathered)
+    torch.cuda._sleep(1)  # a kernel's first launch loads it, which is forbidden in a capture
     torch.cuda.synchronize(device)
     with torch.cuda.graph(graph):
         communicator.all_reduce_(x)
