@@ -106,7 +106,7 @@ class ServerUnreachable(ClusterError):
 
 
 class ReplicaLost(ClusterError):
-    """The replica that ran the request died before its end. What it had sent is right; the rest can come from another."""
+    """The replica that ran the request died before its end. What it had sent is right and can be continued."""
 
     reason = "REPLICA_LOST"
 

@@ -15,3 +15,11 @@ def test_every_reason_comes_back_as_its_own_class():
 
 def test_an_unknown_reason_is_still_an_error():
     assert type(errors.error_from_reason("FROM_THE_FUTURE", "m")) is errors.ClusterError
+
+
+def test_a_subclass_without_a_reason_of_its_own_comes_back_as_its_parent():
+    class LostInSpace(errors.EngineFault):
+        def __init__(self, message: str, planet: str) -> None:
+            super().__init__(f"{message} near {planet}")
+
+    assert type(errors.error_from_reason(LostInSpace("lost", "Mars").reason, "m")) is errors.EngineFault
