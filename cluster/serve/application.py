@@ -17,6 +17,8 @@ from cluster.serve.replica import ModelReplica
 
 # Serve kills what has not stopped by then; the drain itself must fit.
 _STOP_MARGIN_S = 10.0
+# Half of that passes, in the mean, before Serve sees that an actor is gone.
+_HEALTH_CHECK_PERIOD_S = 1.0
 # A first start that fails would fail again; what dies later is rebuilt without limit.
 _MAX_CONSTRUCTOR_RETRIES = 1
 _QUIET = {"log_level": "WARNING", "enable_access_log": False}
@@ -67,7 +69,7 @@ def create_application(
             name=f"model-{model.name}",
             num_replicas=model.replicas,
             **_reservation(placement, runtime_env),
-            health_check_period_s=2,
+            health_check_period_s=_HEALTH_CHECK_PERIOD_S,
             # Being busy is not being ill: the check itself looks for progress.
             health_check_timeout_s=60,
             graceful_shutdown_wait_loop_s=0.05,
@@ -80,7 +82,7 @@ def create_application(
         GatewayDeployment,
         name="Gateway",
         ray_actor_options={"num_cpus": gateway_cpus, **runtime_env},
-        health_check_period_s=2,
+        health_check_period_s=_HEALTH_CHECK_PERIOD_S,
         health_check_timeout_s=60,
         graceful_shutdown_wait_loop_s=0.05,
         graceful_shutdown_timeout_s=config.gateway.drain_timeout_s + _STOP_MARGIN_S,

@@ -7,6 +7,7 @@ from __future__ import annotations
 import contextlib
 import os
 import re
+import signal
 import threading
 
 import ray
@@ -25,7 +26,14 @@ _MAX_WORDS = 300
 
 @ray.remote(max_restarts=0, max_task_retries=0)
 class ShardActor:
-    """The process of one rank."""
+    """The process of one rank. Made before there is work for it: what takes longest is the import of torch."""
+
+    def __init__(self) -> None:
+        import cluster.worker.shard  # noqa: F401
+
+    def process(self) -> tuple[str, int]:
+        """Ray's id of the node, and the pid there."""
+        return ray.get_runtime_context().get_node_id(), os.getpid()
 
     def run(self, rank: int, address: str, secret: str, model_path: str | None, logging: LoggingConfig) -> None:
         """Is a shard until the group ends, and does not return: the process ends with it.
@@ -52,44 +60,55 @@ class RayLauncher:
     it dies, and their sockets do so before.
 
     Args:
-        tp_size: ranks of a stage.
+        num_ranks, tp_size: of the group, and of a stage.
         shard: what each reserves.
         model_path: as configured.
         host: this node's address, for shards on others.
     """
 
     def __init__(
-        self, placement_group: PlacementGroup, tp_size: int, shard: Resources, *, model_path: str, host: str,
+        self,
+        placement_group: PlacementGroup,
+        num_ranks: int,
+        tp_size: int,
+        shard: Resources,
+        *,
+        model_path: str,
+        host: str,
         logging: LoggingConfig,
-    ) -> None:  # fmt: skip
+    ) -> None:
+        """Begins to start all actors."""
         self._placement_group = placement_group
         self._tp_size = tp_size
         self._shard = shard
         self._model_path = model_path
         self._logging = logging
         nodes = set(placement_group_table(placement_group)["bundles_to_node_id"].values())
-        self.host = None if nodes == {ray.get_runtime_context().get_node_id()} else host
+        self._node_id = ray.get_runtime_context().get_node_id()
+        self.host = None if nodes == {self._node_id} else host
         self._lock = threading.Lock()
-        self._actors: dict[int, ActorHandle] = {}
+        self._actors = [self._start(rank) for rank in range(num_ranks)]
+        self._processes = [actor.process.remote() for actor in self._actors]
         self._ends: dict[int, ray.ObjectRef] = {}
         self._stopped = False
+
+    def _start(self, rank: int) -> ActorHandle:
+        return ShardActor.options(
+            num_cpus=self._shard.num_cpus,
+            num_gpus=self._shard.num_gpus,
+            scheduling_strategy=PlacementGroupSchedulingStrategy(
+                placement_group=self._placement_group,
+                placement_group_bundle_index=rank // self._tp_size,
+                placement_group_capture_child_tasks=False,
+            ),
+        ).remote()
 
     def launch(self, rank: int, address: str, secret: str) -> None:
         with self._lock:
             if self._stopped:
                 raise EngineFault("a rank was launched after its group was stopped")
-            actor = ShardActor.options(
-                num_cpus=self._shard.num_cpus,
-                num_gpus=self._shard.num_gpus,
-                scheduling_strategy=PlacementGroupSchedulingStrategy(
-                    placement_group=self._placement_group,
-                    placement_group_bundle_index=rank // self._tp_size,
-                    placement_group_capture_child_tasks=False,
-                ),
-            ).remote()
-            self._actors[rank] = actor
             model_path = None if self.host is None else self._model_path
-            self._ends[rank] = actor.run.remote(rank, address, secret, model_path, self._logging)
+            self._ends[rank] = self._actors[rank].run.remote(rank, address, secret, model_path, self._logging)
 
     def ended(self, rank: int) -> str | None:
         end = self._ends.get(rank)
@@ -109,8 +128,17 @@ class RayLauncher:
     def stop(self) -> None:
         with self._lock:
             self._stopped = True
-        for actor in self._actors.values():
+        for rank, actor in enumerate(self._actors):
             with contextlib.suppress(RayError):
+                if self.ended(rank) is None:
+                    self._kill_here(rank)
                 ray.kill(actor, no_restart=True)
         if self._ends:
             ray.wait(list(self._ends.values()), num_returns=len(self._ends), timeout=_END_TIMEOUT_S)
+
+    def _kill_here(self, rank: int) -> None:
+        """At once, where the process is on this node: Ray asks it first, and it may be one that is stopped."""
+        with contextlib.suppress(GetTimeoutError, ProcessLookupError):
+            node_id, pid = ray.get(self._processes[rank], timeout=0)
+            if node_id == self._node_id:
+                os.kill(pid, signal.SIGKILL)

@@ -96,7 +96,8 @@ class ModelReplica:
     def _create_engine(self) -> Engine:
         """Runs in the engine's thread."""
         parallel = self._model.parallel
-        self._report.enter("importing torch" if parallel.is_single else "importing")
+        self._report.enter("importing torch")
+        launcher = None if parallel.is_single else self._create_launcher()
         from cluster.checkpoint import resolve_checkpoint
         from cluster.engine.engine import Engine as TokenEngine
         from cluster.worker.executors import create_executor
@@ -112,7 +113,7 @@ class ModelReplica:
             limits.max_num_seqs,
             limits.max_num_batched_tokens,
             on_stage=self._report.enter,
-            launcher=None if parallel.is_single else self._create_launcher(),
+            launcher=launcher,
         )
         if isinstance(executor, GroupExecutor):
             executor.lost.add_done_callback(self._lose)
@@ -129,9 +130,11 @@ class ModelReplica:
         placement_group = get_current_placement_group()
         if placement_group is None:
             raise EngineFault("the replica of a group was started outside of its placement group")
+        tp_size, pp_size = self._model.parallel.sizes
         return RayLauncher(
             placement_group,
-            self._model.parallel.sizes[0],
+            tp_size * pp_size,
+            tp_size,
             self._shard,
             model_path=self._model.path,
             host=self._host,
