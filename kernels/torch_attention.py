@@ -153,6 +153,9 @@ def _group_attention(q_THD: Tensor, kv_cache: Tensor, group: AttentionGroup, sca
     num_kv_heads = kv_cache.shape[3]
     blocks = kv_cache.index_select(1, group.block_ids).to(q_THD.dtype)
     kv_SLGD = blocks.view(2, group.num_seqs, -1, num_kv_heads, head_dim)[:, :, : group.num_positions]
+    if group.mask is not None and group.mask.dim() == 4:
+        # Blocks of shorter sequences end with what others left there; hidden NaN would still be NaN.
+        kv_SLGD.masked_fill_(group.mask[:, 0, 0, :, None, None].isinf(), 0.0)
     k_SGLD, v_SGLD = kv_SLGD.transpose(2, 3).unbind()
     if softcap:
         return _capped_attention(q_THD, k_SGLD, v_SGLD, group, scale, softcap)

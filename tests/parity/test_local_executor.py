@@ -10,8 +10,9 @@ from typing import Any
 
 import pytest
 import torch
-from checkpoints import EOS, create_checkpoint
+from checkpoints import EOS, PAD, create_checkpoint
 from parity_runs import create_engine, create_prompts, run_engine
+from safetensors.torch import load_file, save_file
 
 from cluster.core.request import SamplingParams
 from cluster.core.step import NewSequence, ScheduledSequence, StepInput
@@ -26,6 +27,7 @@ from cluster.worker.local_executor import LocalExecutor
 CPU = torch.device("cpu")
 SHAPE = KVCacheShape(num_layers=3, block_size=16, num_kv_heads=2, head_dim=16, dtype=torch.float32)
 SAMPLING = SamplingParams(temperature=0.0, seed=0)
+GREEDY = SamplingParams(temperature=0.0, max_tokens=20, ignore_eos=True)
 
 
 @pytest.fixture
@@ -284,6 +286,21 @@ class TestSteps:
         engine._executor._runner._model.model.norm.weight.fill_(float("nan"))
         with pytest.raises(EngineFault, match="finite"):
             run_engine(engine, create_prompts((3,)))
+
+    @pytest.mark.parametrize("kernels", ["auto", "torch"])
+    def test_whoever_gets_the_blocks_of_a_failed_request_is_not_touched(self, tmp_path: Path, kernels: str):
+        """Keys and values that are not finite lie in those blocks, some behind the end of a shorter sequence."""
+        checkpoint = create_checkpoint(tmp_path)
+        tensors = load_file(checkpoint / "model.safetensors")
+        tensors["model.embed_tokens.weight"][PAD] = torch.inf
+        save_file(tensors, checkpoint / "model.safetensors", metadata={"format": "pt"})
+        engine = create_engine(checkpoint, num_blocks=8, kernels=kernels)
+        failed = []
+        for index, prompt in enumerate([[5] * 40 + [PAD], [6] * 20, [7] * 3] * 4):
+            engine.add(Submission(submission_id=index, prompt_token_ids=prompt, sampling=GREEDY))
+        while engine.has_work:
+            failed += [failure.submission_id for failure in engine.step().failures]
+        assert failed == [0, 3, 6, 9]
 
     def test_the_context_can_be_filled_to_its_last_token(self, checkpoint: Path):
         engine = create_engine(checkpoint, max_model_len=21)
