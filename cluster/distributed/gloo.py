@@ -11,13 +11,14 @@ from datetime import timedelta
 
 import torch
 from torch import Tensor
-from torch.distributed import PrefixStore, ProcessGroupGloo, TCPStore, Work
+from torch.distributed import PrefixStore, ProcessGroupGloo, Store, TCPStore, Work
 
 from cluster.distributed.communicator import PeerLost
+from cluster.distributed.gloo_watch import Watch
 from cluster.distributed.tensors import check_contiguous, check_like, check_peer, check_rank, rank_names
 
-_GRACE_S = 1.0  # after a failure, for the other ranks to say that they live
 _TAG = 0
+_INSTANT = timedelta(milliseconds=1)
 _UNUSED_TAG = 1  # nothing is ever sent with it
 _PARTS_BYTES = 64 << 10  # from here on each rank sums a part
 _FLOATS = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
@@ -48,7 +49,8 @@ class GlooCommunicator:
     """A Communicator over TCP.
 
     ``all_reduce_`` takes floats (halves are summed in float32, rounded once), all else any dtype. Sums run in the order
-    of the ranks. A connection that breaks ends the group at once, a rank that is silent after ``timeout_s``.
+    of the ranks. The group ends at once when a connection breaks, and after ``timeout_s`` when a rank does not come; to
+    find out which one it was takes up to two seconds more.
     """
 
     def __init__(
@@ -67,23 +69,22 @@ class GlooCommunicator:
         self.rank = rank
         self.size = size
         self._timeout_s = timeout_s
-        self._lock = threading.Lock()  # of failing, aborting and closing
-        self._failure: PeerLost | None = None
-        self._is_aborted = False
+        self._lock = threading.Lock()  # of the group's use by other threads, and of its end
         self._group: ProcessGroupGloo | None = None
         timeout = timedelta(seconds=timeout_s)
         deadline = time.monotonic() + timeout_s
         try:
             table = TCPStore(store_host, store_port, timeout=timeout, wait_for_workers=False)
-            self._store = PrefixStore(prefix, table)
-            self._meet(deadline)
+            store = PrefixStore(prefix, table)
+            self._meet(store, deadline)
             options = ProcessGroupGloo._Options()
             options._devices = [ProcessGroupGloo.create_device(hostname=_address_towards(store_host, store_port))]
             options._timeout = timeout
             options._threads = 1
-            self._group = ProcessGroupGloo(self._store, rank, size, options)
+            self._group = ProcessGroupGloo(store, rank, size, options)
         except RuntimeError as error:
             raise PeerLost(f"rank {rank} of {size} could not join by {store_host}:{store_port}: {error}") from error
+        self._watch = Watch(store, rank, size, self._break_connections)
 
     def all_reduce_(self, x: Tensor) -> None:
         if x.dtype not in _FLOATS:
@@ -134,84 +135,57 @@ class GlooCommunicator:
         self._run(lambda group: group.barrier())
 
     def check(self) -> None:
-        if self._failure is not None:
-            raise PeerLost(self._failure.message, self._failure.ranks)
-        if self._is_aborted:
-            raise PeerLost(f"rank {self.rank} of {self.size} has aborted the group")
+        if self._watch.verdict is not None:
+            raise PeerLost(self._watch.verdict.message, self._watch.verdict.ranks)
         if self._group is None:
             raise PeerLost("the communicator is closed")
 
     def abort(self) -> None:
-        with self._lock:
-            if self._group is None or self._is_aborted:
-                return
-            self._is_aborted = True
-            self._break_connections()
+        if self._group is None:
+            return
+        self._watch.report(f"rank {self.rank} of {self.size} has aborted the group", is_abort=True)
+        self._break_connections()
+        self._watch.wait()
 
     def close(self) -> None:
+        self._watch.close()
         with self._lock:
             self._group = None
 
-    def _meet(self, deadline: float) -> None:
+    def _meet(self, store: Store, deadline: float) -> None:
         """Waits for all ranks; gloo itself would not say who is missing."""
-        self._store.set(f"joined/{self.rank}", "1")
-        while missing := self._silent("joined"):
+        store.set(f"joined/{self.rank}", "1")
+        while missing := tuple(rank for rank in range(self.size) if not store.check([f"joined/{rank}"])):
             if time.monotonic() >= deadline:
                 late = f"{rank_names(missing)} did not join within {self._timeout_s:g} s"
                 raise PeerLost(f"{late}, says rank {self.rank} of {self.size}", missing)
             time.sleep(0.01)
 
-    def _silent(self, word: str) -> tuple[int, ...]:
-        return tuple(rank for rank in range(self.size) if not self._store.check([f"{word}/{rank}"]))
-
     def _run(self, start: Callable[[ProcessGroupGloo], Work], peer: int | None = None) -> None:
+        """One operation, with ``peer`` alone or with all."""
         self.check()
         group = self._group
         assert group is not None
+        if peer is None:
+            self._watch.num_begun += 1
         try:
             start(group).wait()
         except RuntimeError as error:
-            self._fail(error, peer)
+            self._watch.report(f"rank {self.rank} of {self.size}: {error}", peer)
+            self._break_connections()
+            self._watch.wait()
         self.check()
-
-    def _fail(self, error: RuntimeError, peer: int | None) -> None:
-        with self._lock:
-            if self._is_aborted:
-                return
-            self._break_connections()  # so that the others need not wait for their own deadline
-        silent = self._lost(peer)
-        who = f"{rank_names(silent)} is lost" if silent else "a connection was lost"
-        self._failure = PeerLost(f"{who}, says rank {self.rank} of {self.size}: {error}", silent)
 
     def _break_connections(self) -> None:
         """gloo has no abort, but when a wait runs out it closes the connections, and whatever uses them fails."""
-        assert self._group is not None
-        for peer in range(self.size):
-            if peer != self.rank:
-                with contextlib.suppress(RuntimeError):
-                    nothing = torch.zeros(1, dtype=torch.uint8)
-                    self._group.recv([nothing], peer, _UNUSED_TAG).wait(timedelta(milliseconds=1))
-
-    def _lost(self, peer: int | None) -> tuple[int, ...]:
-        """Ranks that do not say that they live, now that all have seen something fail.
-
-        A table that does not answer leaves the peer of the operation, if it had one.
-        """
-        silent: tuple[int, ...] = () if peer is None else (peer,)
-
-        def ask() -> None:
-            nonlocal silent
-            with contextlib.suppress(RuntimeError):
-                self._store.set(f"alive/{self.rank}", "1")
-                deadline = time.monotonic() + _GRACE_S
-                while (asked := self._silent("alive")) and time.monotonic() < deadline:
-                    time.sleep(0.02)
-                silent = asked
-
-        asking = threading.Thread(target=ask, daemon=True)  # its host may be stopped: a call may never return
-        asking.start()
-        asking.join(2 * _GRACE_S)
-        return silent
+        with self._lock:
+            group = self._group
+            if group is None:
+                return
+            for peer in range(self.size):
+                if peer != self.rank:
+                    with contextlib.suppress(RuntimeError):
+                        group.recv([torch.zeros(1, dtype=torch.uint8)], peer, _UNUSED_TAG).wait(_INSTANT)
 
 
 def _sum(terms: Tensor) -> Tensor:

@@ -18,13 +18,19 @@ import numpy as np
 import pytest
 import torch
 from communicator_group import GlooMeeting, Group, Raised, ShmMeeting, lost_ranks
+from nccl_meeting import NcclMeeting
 from torch import Tensor
 
 from cluster.distributed.communicator import Communicator, PeerLost
+from cluster.distributed.nccl import NcclCommunicator
 from cluster.distributed.shm import ShmCommunicator
 
-MEETINGS = {"shm": ShmMeeting, "gloo": GlooMeeting}
-AVAILABLE = [name for name in MEETINGS if name != "shm" or ShmCommunicator.available()]
+MEETINGS = {"shm": ShmMeeting, "gloo": GlooMeeting, "nccl": NcclMeeting}
+AVAILABLE = [
+    *(["shm"] if ShmCommunicator.available() else []),
+    "gloo",
+    *([pytest.param("nccl", marks=pytest.mark.gpu)] if NcclCommunicator.available() else []),
+]
 
 SHORT_S = 1.5  # deadline where one is to pass
 SLACK_S = 4.0  # what a failure may take beyond the deadline on a busy machine
@@ -57,6 +63,8 @@ def group(request, backend, groups) -> Group:
 @pytest.fixture
 def create_group(backend) -> Iterator:
     """Groups that may break."""
+    if backend == "nccl":
+        pytest.skip("NCCL cannot name the rank that it waits for; its failures are in test_nccl_two_ranks.py")
     made: list[Group] = []
 
     def create(size: int, **kwargs) -> Group:
@@ -246,13 +254,14 @@ def call(comm: Communicator, operation: str) -> None:
         case "all_to_all":
             comm.all_to_all(wide, torch.empty_like(wide))
         case "broadcast":
-            comm.broadcast_(x, 0)
+            for _ in range(200):  # the root need not wait for what can be buffered
+                comm.broadcast_(x, 0)
         case "barrier":
             comm.barrier()
         case "recv":
             comm.recv(x, peer)
         case "send":
-            for _ in range(200):  # more than can be buffered anywhere
+            for _ in range(200):
                 comm.send(x, peer)
 
 
@@ -489,12 +498,12 @@ def test_closing_waits_for_nobody(create_group):
 
 
 def test_closed_groups_leave_no_files(create_group, backend):
-    group = create_group(2)
-    group.run(join_and_leave, [MEETINGS[backend]() for _ in range(2)], 20.0)
-    before, in_memory = group.run(num_files), set(os.listdir("/dev/shm"))
-    group.run(join_and_leave, [MEETINGS[backend]() for _ in range(10)], 20.0)
+    group, meetings = create_group(2), [MEETINGS[backend]() for _ in range(12)]
+    group.run(join_and_leave, meetings[:2], 20.0)
+    before = group.run(num_files)
+    group.run(join_and_leave, meetings[2:], 20.0)
     assert group.run(num_files) == before
-    assert set(os.listdir("/dev/shm")) == in_memory
+    assert not [meeting for meeting in meetings if isinstance(meeting, ShmMeeting) and os.path.exists(meeting.path)]
 
 
 # --- misuse ---
