@@ -11,12 +11,12 @@ from typing import Literal, TypeVar
 
 import msgspec
 
-from cluster.core.layer_split import StageTimes
 from cluster.core.model_info import ModelInfo
 from cluster.core.step import StepInput, StepOutput
 from cluster.distributed.frames import ConnectionLost
 from cluster.distributed.layout import Layout
 from cluster.worker.config import WorkerConfig
+from cluster.worker.stage_layers import RankMeasure
 
 
 class _Message(msgspec.Struct, frozen=True, kw_only=True, array_like=True, tag=True):
@@ -69,10 +69,10 @@ class Joined(_Message):
     """The communicators are there.
 
     Attributes:
-        times: measured where there is more than one stage.
+        measure: where there is more than one stage.
     """
 
-    times: StageTimes | None = None
+    measure: RankMeasure | None = None
 
 
 class Load(_Message):

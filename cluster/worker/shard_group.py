@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import logging
 import secrets
 import select
@@ -12,13 +11,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TypeVar
 
-from cluster.core.layer_split import StageTimes, split_layers
 from cluster.core.model_info import ModelInfo
 from cluster.core.startup_ledger import Stage, StartupLedger
 from cluster.distributed.config import ParallelConfig
 from cluster.distributed.frames import ConnectionLost, FrameSocket, Listener
 from cluster.distributed.layout import Layout
-from cluster.errors import EngineFault
 from cluster.worker.config import WorkerConfig
 from cluster.worker.group_member import GroupLost, Member
 from cluster.worker.group_watch import GroupWatch
@@ -35,6 +32,7 @@ from cluster.worker.messages import (
     decode_from_shard,
     encode,
 )
+from cluster.worker.stage_layers import RankMeasure, choose_layers
 
 _log = logging.getLogger(__name__)
 
@@ -121,9 +119,9 @@ class _Start:
         self._watch = GroupWatch(self._members, self._launcher, self._parallel.step_timeout_s)
         try:
             self._on_stage("connecting shards")
-            times = self._join()
+            measures = self._join()
             self._on_stage("loading weights")
-            num_blocks = self._load(times)
+            num_blocks = self._load(measures)
             self._on_stage("allocating KV cache and warming up")
             ready = self._warm_up(num_blocks)
         except BaseException:
@@ -187,7 +185,7 @@ class _Start:
         if late is not None:
             raise GroupLost(late, self._ledger.missing)
 
-    def _join(self) -> list[StageTimes | None]:
+    def _join(self) -> list[RankMeasure | None]:
         for member in self._members:
             layout = Layout(rank=member.rank, tp_size=self._tp_size, pp_size=self._pp_size)
             join = Join(
@@ -202,10 +200,10 @@ class _Start:
                 step_timeout_s=self._parallel.step_timeout_s,
             )
             self._tell(member, encode(join))
-        return [joined.times for joined in self._gather(Stage.JOINED, Joined)]
+        return [joined.measure for joined in self._gather(Stage.JOINED, Joined)]
 
-    def _load(self, times: list[StageTimes | None]) -> int:
-        layers = self._split(times)
+    def _load(self, measures: list[RankMeasure | None]) -> int:
+        layers = self._choose_layers(measures)
         for member in self._members:
             stage = member.rank // self._tp_size
             self._tell(member, encode(Load(layers=None if layers is None else layers[stage])))
@@ -217,30 +215,23 @@ class _Start:
             self._tell(member, encode(Allocate(num_blocks=num_blocks)))
         return self._gather(Stage.WARMED, Allocated)
 
-    def _split(self, times: list[StageTimes | None]) -> tuple[tuple[int, int], ...] | None:
+    def _choose_layers(self, measures: list[RankMeasure | None]) -> tuple[tuple[int, int], ...] | None:
         """Layers of each stage; None: there is one, with all of them."""
-        measured = [rank_times for rank_times in times if rank_times is not None]
         if self._pp_size == 1:
             return None
-        if len(measured) < self._world_size:
-            raise self._watch.lose(EngineFault("a rank of a pipeline did not say how long a layer takes it"))
-        # A stage is as slow as the slowest of its shards, which wait for each other.
-        stages = [measured[first : first + self._tp_size] for first in range(0, self._world_size, self._tp_size)]
-        slowest = [
-            StageTimes(
-                layer_s=max(rank.layer_s for rank in stage),
-                embedding_s=max(rank.embedding_s for rank in stage),
-                head_s=max(rank.head_s for rank in stage),
-            )
-            for stage in stages
-        ]
-        layers = split_layers(self._num_layers(), slowest)
+        known = [measure for measure in measures if measure is not None]
+        if len(known) < self._world_size:
+            raise self._watch.lose(GroupLost("a rank of a pipeline did not say what a layer takes it"))
+        layers = choose_layers(
+            self._checkpoint,
+            self._worker,
+            self._tp_size,
+            known,
+            max_num_seqs=self._max_num_seqs,
+            max_num_batched_tokens=self._max_num_batched_tokens,
+        )
         _log.info("layers of each stage: %s", ", ".join(f"{first} to {end - 1}" for first, end in layers))
         return layers
-
-    def _num_layers(self) -> int:
-        # Read as it is: the ranks have checked it by now, and what checks it would load torch here.
-        return int(json.loads((self._checkpoint / "config.json").read_bytes())["num_hidden_layers"])
 
     def _tell(self, member: Member, payload: bytes) -> None:
         try:

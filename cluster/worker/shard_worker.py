@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import gc
 import logging
 import os
 import queue
@@ -39,6 +40,7 @@ from cluster.worker.messages import (
     decode_to_shard,
     encode,
 )
+from cluster.worker.stage_layers import RankMeasure, measure_memory
 
 if TYPE_CHECKING:  # torch takes a second or two to import, and the leader wants to hear of this rank before
     from cluster.worker.connections import Connections
@@ -217,6 +219,9 @@ class _ShardWorker:
             assert runner is not None
             if runner.max_in_flight > 1:
                 self._collector = _Collector(self, runner.max_in_flight)
+            # What is there now stays: the collector of garbage must not look through it again while steps run.
+            gc.collect()
+            gc.freeze()
             self._work.send(encode(Allocated(model=model, max_in_flight=runner.max_in_flight)))
         else:
             raise EngineFault(f"the leader sent {type(message).__name__} out of turn")
@@ -224,12 +229,17 @@ class _ShardWorker:
     def _join(self, join: Join) -> None:
         layout = join.layout
         self._answers = layout.is_last_stage and layout.tp_rank == 0
+        num_sharers = join.machines.count(join.machines[self._rank])
         if join.worker.num_threads is None:
-            num_threads = max(1, len(os.sched_getaffinity(0)) // join.machines.count(join.machines[self._rank]))
+            num_threads = max(1, len(os.sched_getaffinity(0)) // num_sharers)
             join = msgspec.structs.replace(join, worker=replace(join.worker, num_threads=num_threads))
         self._shard = self._create_shard(join, lambda: self._connect_ranks(join))
-        times = self._shard.measure() if layout.pp_size > 1 else None
-        self._work.send(encode(Joined(times=times)))
+        measure = None
+        if layout.pp_size > 1:
+            device, device_bytes, free_bytes = measure_memory(join.worker, num_sharers)
+            times = self._shard.measure()
+            measure = RankMeasure(times=times, device=device, device_bytes=device_bytes, free_bytes=free_bytes)
+        self._work.send(encode(Joined(measure=measure)))
 
     def _connect_ranks(self, join: Join) -> Connections:
         from cluster.worker.connections import Connections

@@ -127,7 +127,9 @@ class TestStart:
             executor.shutdown()
 
     def test_a_pipelines_layers_follow_the_measured_times(self, tmp_path):
-        (tmp_path / "config.json").write_text(json.dumps({"num_hidden_layers": 9}))
+        (tmp_path / "config.json").write_text(
+            json.dumps({"num_hidden_layers": 9, "architectures": ["NoneForCausalLM"]})
+        )
         with running(1, 2, checkpoint=tmp_path) as executor:
             # The second stage takes twice as long for a layer.
             assert executor.model.architecture == "layers (6, 9)"

@@ -30,6 +30,7 @@ from cluster.worker.messages import (
     decode_to_shard,
     encode,
 )
+from cluster.worker.stage_layers import RankMeasure
 
 NUMBERS = [0, 1, -1, 127, 128, 2**31, 2**53 + 1, 2**63 - 1]
 FLOATS = [0.0, -0.0, 0.1, -1e-308, 1e308, math.inf, -math.inf, math.pi]
@@ -155,11 +156,12 @@ def test_the_other_messages_come_through_as_they_were():
         Allocate(num_blocks=9),
         Ping(number=10),
     ]
+    times = StageTimes(layer_s=0.25, head_s=1.0)
     from_shard = [
         Hello(rank=1, channel="control", pid=2, host="h", machine="m"),
         Offer(key="", value=b""),
         Joined(),
-        Joined(times=StageTimes(layer_s=0.25, head_s=1.0)),
+        Joined(measure=RankMeasure(times=times, device="cuda", device_bytes=2**40, free_bytes=3)),
         Loaded(num_blocks=11),
         Allocated(model=model, max_in_flight=2),
         Done(step_id=12),
@@ -186,7 +188,7 @@ def test_a_message_in_the_wrong_direction_is_refused():
         ["Join", {"rank": 0}],
         ["__import__", "os"],
         ["Ran", {"step_id": 1, "sampled": {"1": {"token_id": 1}}}],
-        ["Joined", {"layer_s": math.nan}],
+        ["Joined", {"times": {"layer_s": math.nan}, "device": "cpu", "device_bytes": 1, "free_bytes": 1}],
         ["Ping", 1.5],
         [],
         {},
