@@ -19,7 +19,7 @@ from cluster.kernels.cpu.library import Library, Op, library
 WeightFormat = Literal["float32", "bfloat16", "int8", "int4"]
 FORMATS: tuple[WeightFormat, ...] = get_args(WeightFormat)
 
-LAYOUT_VERSION = 2
+LAYOUT_VERSION = 3
 """Changes with what the bytes of ``PackedWeight.data`` mean; a copy on disk of another version is of no use."""
 
 _TILE = 16
@@ -100,7 +100,7 @@ def num_bytes(format: WeightFormat, out_features: int, in_features: int, *, grou
         case "float32":
             return outputs * in_features * 4
         case "bfloat16":
-            return outputs * in_features * 2
+            return outputs * -(-in_features // 2) * 4
         case "int8":
             return outputs * (num_groups * group_size + 4)
         case "int4":

@@ -2,12 +2,19 @@
  *
  * Weights w: float32 or bfloat16; a bfloat16 weight is exact in float32, so both give the same numbers.
  *
- * Packed: lines of [16 outputs] as linear.h orders them.
+ * Packed: lines as linear.h orders them; a line holds one input's float32 weights of 16 outputs, or two inputs' bfloat16
+ * ones: an output's 32 bits have the even input below the odd one, so that each becomes a float32 in one instruction. An
+ * odd number of inputs is padded by a 0.
  */
 #include "linear.h"
 #include "program.h"
 
-#define INPUTS_PER_PASS 2048 /* a strip's weights of so many inputs stay in the second-level cache for all rows */
+/* The blocks of rows take turns with a strip's next lines, which stay in a cache until the last has had them. Where few
+ * blocks leave much of a turn to reading, they stay in the first-level one, and each block fetches its share of the next
+ * turn's, so that reading goes on while all of them compute. */
+#define LINES_PER_TURN 2048
+#define LINES_PER_SHORT_TURN 64
+#define MAX_BLOCKS_OF_SHORT_TURNS 3
 
 typedef struct {
     const float *x;
@@ -18,45 +25,75 @@ typedef struct {
     task_split split;
 } product;
 
-INLINE f32x16 weights_at(const void *weight, int64_t line, const int is_bf16) {
-    return is_bf16 ? f32_from_bf16((const uint16_t *)weight + line * LANES) : f32_load((const float *)weight + line * LANES);
+INLINE int64_t lines_per_tile(int64_t num_inputs, const int is_bf16) { return is_bf16 ? ceil_div(num_inputs, 2) : num_inputs; }
+
+/* Which lines a block of rows works on, and which tiles of the lines after them it fetches meanwhile. */
+typedef struct {
+    int64_t start, end, first_fetched, num_fetched;
+} turn;
+
+INLINE void add_products(f32x16 sum[MAX_ROWS][NUM_TILES], const float *x, int64_t num_inputs, const f32x16 *w, const int rows,
+                         const int tiles) {
+    for (int r = 0; r < rows; r++)
+        for (int n = 0; n < tiles; n++) sum[r][n] = f32_fma(f32_set1(x[r * num_inputs]), w[n], sum[r][n]);
 }
 
-/* Adds the inputs start .. end to the sums in p->out, which start from 0. */
-INLINE void block(const product *p, int64_t row, int64_t tile, int64_t start, int64_t end, const int rows,
-                  const int tiles, const int is_bf16) {
+/* Adds the products with the turn's lines to the sums in p->out, which start from 0. */
+INLINE void block(const product *p, int64_t row, int64_t tile, turn now, const int rows, const int tiles, const int is_bf16) {
     const float *x = p->x + row * p->num_inputs;
-    const line_range lines = lines_of(tile, p->num_outputs, p->num_inputs);
+    const int64_t num_lines = lines_per_tile(p->num_inputs, is_bf16);
+    const line_range lines = lines_of(tile, p->num_outputs, num_lines);
     const int64_t stride = tiles == 1 ? lines.stride : STRIP_TILES;
+    const float *weight = (const float *)p->weight + lines.first * LANES;
     f32x16 sum[MAX_ROWS][NUM_TILES] = {};
-    if (start > 0)
+    if (now.start > 0)
         for (int r = 0; r < rows; r++)
             for (int n = 0; n < tiles; n++) {
                 int64_t o = (tile + n) * LANES;
                 sum[r][n] = f32_load_n(p->out + (row + r) * p->num_outputs + o, (int)min_i64(LANES, p->num_outputs - o));
             }
-    for (int64_t k = start; k < end; k++) {
+    for (int64_t line = now.start; line < now.end; line++) {
+        const float *at = weight + line * stride * LANES;
         f32x16 w[NUM_TILES];
-        for (int n = 0; n < tiles; n++) w[n] = weights_at(p->weight, lines.first + k * stride + n, is_bf16);
-        for (int r = 0; r < rows; r++)
-            for (int n = 0; n < tiles; n++) sum[r][n] = f32_fma(f32_set1(x[r * p->num_inputs + k]), w[n], sum[r][n]);
+        for (int n = 0; n < tiles; n++) w[n] = f32_load(at + n * LANES);
+        for (int64_t n = 0; n < now.num_fetched; n++)
+            __builtin_prefetch(at + (LINES_PER_SHORT_TURN * stride + now.first_fetched + n) * LANES);
+        if (!is_bf16) {
+            add_products(sum, x + line, p->num_inputs, w, rows, tiles);
+            continue;
+        }
+        f32x16 even[NUM_TILES], odd[NUM_TILES];
+        for (int n = 0; n < tiles; n++) {
+            even[n] = (f32x16)((u32x16)w[n] << 16);
+            odd[n] = (f32x16)((u32x16)w[n] & 0xffff0000);
+        }
+        add_products(sum, x + 2 * line, p->num_inputs, even, rows, tiles);
+        if (2 * line + 1 < p->num_inputs) add_products(sum, x + 2 * line + 1, p->num_inputs, odd, rows, tiles);
     }
     for (int n = 0; n < tiles; n++) {
         int64_t o = (tile + n) * LANES, left = p->num_outputs - o;
         f32x16 bias = {};
-        if (end == p->num_inputs && p->bias != NULL) bias = f32_load_n(p->bias + o, (int)min_i64(LANES, left));
+        if (now.end == num_lines && p->bias != NULL) bias = f32_load_n(p->bias + o, (int)min_i64(LANES, left));
         for (int r = 0; r < rows; r++)
             store_outputs(p->out + (row + r) * p->num_outputs + o, sum[r][n] + bias, left);
     }
 }
 
 INLINE void run_task(const product *p, int64_t index, const int is_bf16) {
-#define CASE(rows, tiles) \
-    block(p, row, first, start, min_i64(start + INPUTS_PER_PASS, p->num_inputs), rows, tiles, is_bf16)
-#define BODY(tile, tiles)                                                                           \
-    for (int64_t start = 0, first = tile; start < p->num_inputs; start += INPUTS_PER_PASS)          \
-        for (int64_t row = 0; row < p->num_rows; row += MAX_ROWS) {                                 \
-            SWITCH_ROWS(CASE, min_i64(MAX_ROWS, p->num_rows - row), tiles)                          \
+    const int64_t num_lines = lines_per_tile(p->num_inputs, is_bf16), num_blocks = ceil_div(p->num_rows, MAX_ROWS);
+    const int is_short = num_blocks > 1 && num_blocks <= MAX_BLOCKS_OF_SHORT_TURNS;
+    const int64_t step = is_short ? LINES_PER_SHORT_TURN : LINES_PER_TURN;
+#define CASE(rows, tiles) block(p, row, first, now, rows, tiles, is_bf16)
+#define BODY(tile, tiles)                                                                                 \
+    for (int64_t start = 0, first = tile; start < num_lines; start += step)                               \
+        for (int64_t row = 0, at = 0, rows; at < num_blocks; row += rows, at++) {                         \
+            turn now = {start, min_i64(start + step, num_lines), 0, 0};                                   \
+            rows = ceil_div(p->num_rows - row, num_blocks - at);                                          \
+            if (is_short) {                                                                               \
+                now.first_fetched = tiles * at / num_blocks;                                              \
+                now.num_fetched = tiles * (at + 1) / num_blocks - now.first_fetched;                      \
+            }                                                                                             \
+            SWITCH_ROWS(CASE, rows, tiles)                                                                \
         }
     FOR_TILES(p->split, p->num_outputs, index, BODY)
 #undef BODY
@@ -96,13 +133,14 @@ typedef struct {
 static void pack_tile(void *context, int64_t index, int32_t thread) {
     const packing *p = context;
     (void)thread;
-    line_range lines = lines_of(p->first_tile + index, p->num_outputs, p->num_inputs);
-    for (int64_t k = 0; k < p->num_inputs; k++)
+    const int64_t per_line = p->is_bf16 ? 2 : 1, num_lines = lines_per_tile(p->num_inputs, p->is_bf16);
+    line_range lines = lines_of(p->first_tile + index, p->num_outputs, num_lines);
+    for (int64_t k = 0; k < num_lines * per_line; k++)
         for (int64_t o = 0; o < LANES; o++) {
-            int64_t row = index * LANES + o, to = (lines.first + k * lines.stride) * LANES + o;
-            float value = row < p->num_rows ? p->rows[row * p->num_inputs + k] : 0.0f;
+            int64_t row = index * LANES + o, to = (lines.first + k / per_line * lines.stride) * LANES + o;
+            float value = row < p->num_rows && k < p->num_inputs ? p->rows[row * p->num_inputs + k] : 0.0f;
             if (p->is_bf16)
-                ((uint16_t *)p->weight)[to] = bf16_of(value);
+                ((uint16_t *)p->weight)[2 * to + k % 2] = bf16_of(value);
             else
                 ((float *)p->weight)[to] = value;
         }
@@ -121,7 +159,7 @@ DEFINE_PACK(float32, 0)
 DEFINE_PACK(bfloat16, 1)
 
 /* Output ids[i] - first_id of the matrix, as the kernel takes it, to out[i]; zeros where it has no such output. */
-#define DEFINE_UNPACK(format, element, as_float)                                                                    \
+#define DEFINE_UNPACK(format, element, per_line, as_float)                                                          \
     void OP(unpack_##format)(const int64_t *ids, int64_t first_id, int64_t num_ids, int64_t num_inputs,            \
                              int64_t num_outputs, int64_t group, const uint8_t *weight, float *out) {              \
         (void)group;                                                                                                \
@@ -131,13 +169,14 @@ DEFINE_PACK(bfloat16, 1)
                 memset(out, 0, (size_t)num_inputs * sizeof *out);                                                   \
                 continue;                                                                                           \
             }                                                                                                       \
-            line_range lines = lines_of(row / LANES, num_outputs, num_inputs);                                      \
-            const element *from = (const element *)weight + lines.first * LANES + row % LANES;                      \
-            for (int64_t k = 0; k < num_inputs; k++) out[k] = as_float(from[k * lines.stride * LANES]);             \
+            line_range lines = lines_of(row / LANES, num_outputs, ceil_div(num_inputs, per_line));                  \
+            const element *from = (const element *)weight + (lines.first * LANES + row % LANES) * per_line;         \
+            for (int64_t k = 0; k < num_inputs; k++)                                                                \
+                out[k] = as_float(from[k / per_line * lines.stride * LANES * per_line + k % per_line]);             \
         }                                                                                                           \
     }                                                                                                               \
     void OP(unpack_##format##_replay)(const cell *a) {                                                              \
         OP(unpack_##format)(a[0].p, a[1].i, a[2].i, a[3].i, a[4].i, a[5].i, a[6].p, a[7].p);                        \
     }
-DEFINE_UNPACK(float32, float, )
-DEFINE_UNPACK(bfloat16, uint16_t, f32_of_bf16)
+DEFINE_UNPACK(float32, float, 1, )
+DEFINE_UNPACK(bfloat16, uint16_t, 2, f32_of_bf16)

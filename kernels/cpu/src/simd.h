@@ -29,7 +29,6 @@ INLINE int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 typedef float f32x16 __attribute__((vector_size(64), aligned(64)));
 typedef int32_t i32x16 __attribute__((vector_size(64), aligned(64)));
 typedef uint32_t u32x16 __attribute__((vector_size(64), aligned(64)));
-typedef uint16_t u16x16 __attribute__((vector_size(32), aligned(32)));
 
 /* --- loads and stores; no alignment is asked for --- */
 
@@ -136,17 +135,6 @@ INLINE i32x16 i32_from_f32(f32x16 whole) { return __builtin_convertvector(whole,
 INLINE f32x16 f32_from_i32(i32x16 a) { return __builtin_convertvector(a, f32x16); }
 
 /* --- 16-bit formats --- */
-
-INLINE f32x16 f32_from_bf16(const uint16_t *from) {
-#if defined(__AVX512F__)
-    __m256i packed;
-    memcpy(&packed, from, sizeof packed);
-    return (f32x16)_mm512_slli_epi32(_mm512_cvtepu16_epi32(packed), 16);
-#endif
-    u16x16 half;
-    memcpy(&half, from, sizeof half);
-    return (f32x16)(__builtin_convertvector(half, u32x16) << 16);
-}
 
 INLINE uint16_t bf16_of(float value) {
     uint32_t bits;
