@@ -399,7 +399,7 @@ class TestTheWayOut:
 
     def test_abort_waits_for_a_call_that_is_about_to_return(self, group):
         group.nccl.slow["send"] = leave = threading.Event()
-        caller = threading.Thread(target=group.communicator.send, args=(torch.zeros(4), 1))
+        caller = threading.Thread(target=group.communicator.send, args=(torch.zeros(4), 1), daemon=True)
         caller.start()
         wait_until(lambda: group.nccl.names() == ["send"])
         group.communicator.abort()
