@@ -100,6 +100,8 @@ def _aligned(num_bytes: int) -> int:
 
 def _cpu_bytes(weights: str, matrix: Matrix) -> int:
     outputs, inputs = -(-matrix.out_features // _CPU_TILE) * _CPU_TILE, matrix.in_features
+    if weights == "bfloat16":
+        inputs += inputs % 2  # packed in pairs
     if weights not in QUANTIZED:
         return outputs * inputs * ITEM_BYTES[weights]
     first, last, whole = matrix.columns or (0, inputs, inputs)

@@ -136,7 +136,7 @@ class ModelLoader:
         if options.backend.kind == "cpu":
             from cluster.models.packed_weights import PackedLayout
 
-            self._layout = PackedLayout(self._targets, cast("PackedFormat", options.weights))
+            self._layout = PackedLayout(self._targets, _packed_format(checkpoint, options))
             self.num_bytes = self._layout.num_bytes
         elif options.weights in ("int8", "int4"):
             from cluster.models.quantized_weights import quantized_bytes
@@ -172,6 +172,16 @@ class ModelLoader:
             self.num_bytes_read = source.num_bytes_read
         _move_buffers(self._model, options.device)
         return self._model
+
+
+def _packed_format(checkpoint: Path, options: LoadOptions) -> PackedFormat:
+    """The format that the C kernels read: float32 weights that came as bfloat16 stay so, since each becomes the same
+    float32 number in the kernel, of half the bytes."""
+    if options.weights == "float32" and options.load_format != "dummy":
+        with CheckpointTensors(checkpoint) as stored:
+            if stored.are_all(torch.bfloat16):
+                return "bfloat16"
+    return cast("PackedFormat", options.weights)
 
 
 def _group_size(options: LoadOptions, in_features: int) -> int:

@@ -96,6 +96,10 @@ class CheckpointTensors:
         """Numbers stored in all files."""
         return sum(math.prod(tensor.shape) for tensor in self._stored.values())
 
+    def are_all(self, dtype: torch.dtype) -> bool:
+        """Whether every tensor is stored in ``dtype``."""
+        return all(tensor.dtype == dtype for tensor in self._stored.values())
+
     def check(self, wanted: Mapping[str, tuple[int, ...]], ignored: Iterable[str]) -> None:
         ignored, unexpected = set(ignored), []
         for name, tensor in self._stored.items():

@@ -15,9 +15,10 @@ class WorkerConfig:
     Attributes:
         device: where the model runs; auto takes CUDA where there is one.
         dtype: of activations; auto keeps the checkpoint's on CUDA and takes float32 on CPU.
-        weights: number format of the weight matrices. auto: the checkpoint's precision on CPU, dtype elsewhere. int8
-            (one scale per output) and int4 (scale and zero per group of at most 128 inputs; embedding and output head
-            stay int8) are made from the checkpoint on load, on CPU.
+        weights: number format of the weight matrices. auto: the checkpoint's precision on CPU, dtype elsewhere. On CPU
+            float32 is what is computed with: a bfloat16 checkpoint's matrices are kept as they are, which gives the
+            same bits from half the memory. int8 (one scale per output) and int4 (scale and zero per group of at most 128
+            inputs; embedding and output head stay int8) are made from the checkpoint on load.
         kv_cache_dtype: of cached keys and values; auto: float32 on CPU with float32 weights, float16 with others; dtype
             elsewhere.
         kernels: auto takes our own kernels where they run; torch leaves them out.
