@@ -14,11 +14,11 @@ class Stage(enum.IntEnum):
     WARMED = 3
 
 
-_UNFINISHED = {
-    Stage.PLACED: "has not connected to the group's leader",
-    Stage.JOINED: "has not joined the group",
-    Stage.LOADED: "has not loaded its part of the model",
-    Stage.WARMED: "has not allocated its KV cache and warmed up",
+_DONE = {
+    Stage.PLACED: "connected to the group's leader",
+    Stage.JOINED: "joined the group",
+    Stage.LOADED: "loaded their part of the model",
+    Stage.WARMED: "allocated their KV cache and warmed up",
 }
 
 
@@ -92,11 +92,11 @@ class StartupLedger:
         if now < self.deadline or self.is_complete:
             return None
         late = self.missing
-        ranks = "; ".join(f"rank {rank} on {self._nodes[rank] or 'a node not known yet'}" for rank in late)
+        ranks = ", ".join(f"rank {rank} on {self._nodes[rank] or 'a node not known yet'}" for rank in late)
         others = len(self._nodes) - len(late)
         return (
-            f"{ranks} {_UNFINISHED[self.stage]} within {self._timeout_s:g} s ({others} of {len(self._nodes)} ranks "
-            f"have): see the shard's log, or raise parallel.start_timeout_s"
+            f"{ranks}: not {_DONE[self.stage]} within {self._timeout_s:g} s ({others} of {len(self._nodes)} ranks "
+            "have): see the shard's log, or raise parallel.start_timeout_s"
         )
 
     def summary(self) -> str:

@@ -23,7 +23,7 @@ class _Message(msgspec.Struct, frozen=True, kw_only=True, array_like=True, tag=T
     """Travels as a MessagePack array: its name, then its fields."""
 
 
-class Hello(_Message):
+class Hello(_Message, frozen=True):
     """First frame of each of a shard's connections.
 
     Attributes:
@@ -38,7 +38,7 @@ class Hello(_Message):
     machine: str
 
 
-class Join(_Message):
+class Join(_Message, frozen=True):
     """What the shard is a part of. Answered by Joined.
 
     Attributes:
@@ -58,14 +58,14 @@ class Join(_Message):
     step_timeout_s: float
 
 
-class Offer(_Message):
+class Offer(_Message, frozen=True):
     """Something that one rank tells the others while they join, e.g. where it listens; the leader passes it on."""
 
     key: str
     value: bytes
 
 
-class Joined(_Message):
+class Joined(_Message, frozen=True):
     """The communicators are there.
 
     Attributes:
@@ -75,46 +75,46 @@ class Joined(_Message):
     measure: RankMeasure | None = None
 
 
-class Load(_Message):
+class Load(_Message, frozen=True):
     """The decoder layers to load, first and last + 1; None: all. Answered by Loaded."""
 
     layers: tuple[int, int] | None
 
 
-class Loaded(_Message):
+class Loaded(_Message, frozen=True):
     """``num_blocks``: KV blocks that fit beside the weights."""
 
     num_blocks: int
 
 
-class Allocate(_Message):
+class Allocate(_Message, frozen=True):
     """KV blocks to take. Answered by Allocated."""
 
     num_blocks: int
 
 
-class Allocated(_Message):
+class Allocated(_Message, frozen=True):
     """Warm, and ready for steps; ``max_in_flight`` is the shard's own."""
 
     model: ModelInfo
     max_in_flight: int
 
 
-class Done(_Message):
+class Done(_Message, frozen=True):
     """A step is done on a rank that does not answer it with a StepOutput."""
 
     step_id: int
 
 
-class Ping(_Message):
+class Ping(_Message, frozen=True):
     number: int
 
 
-class Pong(_Message):
+class Pong(_Message, frozen=True):
     number: int
 
 
-class Failed(_Message):
+class Failed(_Message, frozen=True):
     """The shard cannot go on, and ends.
 
     Attributes:
@@ -128,13 +128,13 @@ class Failed(_Message):
     by_peer: bool = False
 
 
-class Run(_Message):
+class Run(_Message, frozen=True):
     """Work for one step, the same for all ranks. Answered by Ran or Done."""
 
     step: StepInput
 
 
-class Ran(_Message):
+class Ran(_Message, frozen=True):
     output: StepOutput
 
 
@@ -149,8 +149,8 @@ class MalformedMessage(ConnectionLost):
 
 
 _encoder = msgspec.msgpack.Encoder()
-_to_shard = msgspec.msgpack.Decoder(ToShard)
-_from_shard = msgspec.msgpack.Decoder(FromShard)
+_to_shard: msgspec.msgpack.Decoder[ToShard] = msgspec.msgpack.Decoder(ToShard)
+_from_shard: msgspec.msgpack.Decoder[FromShard] = msgspec.msgpack.Decoder(FromShard)
 
 
 def encode(message: _Message) -> bytes:

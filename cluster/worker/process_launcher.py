@@ -31,7 +31,7 @@ class ProcessLauncher:
         command: what a rank runs, ``shard_main`` or something like it.
     """
 
-    host = None
+    host: str | None = None
 
     def __init__(self, num_ranks: int, *, num_cuda_devices: int = 0, command: Sequence[str] = _COMMAND) -> None:
         self._num_ranks = num_ranks

@@ -143,10 +143,10 @@ class TestStart:
     @pytest.mark.parametrize(
         ("moment", "what"),
         [
-            ("connect", "rank 1 on a node not known yet has not connected"),
-            ("join", "has not joined the group"),
-            ("load", "has not loaded its part"),
-            ("allocate", "has not allocated its KV cache and warmed up"),
+            ("connect", "rank 1 on a node not known yet: not connected"),
+            ("join", "not joined the group"),
+            ("load", "not loaded their part"),
+            ("allocate", "not allocated their KV cache and warmed up"),
         ],
     )
     def test_a_late_rank_is_named_with_node_and_stage(self, script, moment, what):
@@ -205,6 +205,24 @@ class TestStart:
         with pytest.raises(GroupLost, match=r"rank 1 exited with status 1; .*do both ends know the same secret"):
             create_group(launcher=WrongSecret(2, command=COMMAND))
         assert "[rank 1] the group's leader is lost" in capfd.readouterr().err
+
+
+    def test_shards_of_other_nodes_come_over_tcp(self):
+        class FromOtherNodes(ProcessLauncher):
+            host = "127.0.0.1"
+
+            def launch(self, rank: int, address: str, secret: str) -> None:
+                addresses.append(address)
+                super().launch(rank, address, secret)
+
+        addresses: list[str] = []
+        with running(launcher=FromOtherNodes(2, command=COMMAND)) as executor:
+            run_steps(executor, 0, 20)
+            assert all(address.startswith("tcp:127.0.0.1:") for address in addresses)
+            heard, processes = watch(executor), pids(executor)
+            os.kill(processes[1], signal.SIGKILL)
+            assert "rank 1" in heard.result(SOON_S).message
+            await_gone(processes)
 
 
 class TestEnd:

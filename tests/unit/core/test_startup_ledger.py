@@ -27,7 +27,7 @@ def test_a_rank_is_late_at_the_deadline_and_not_before():
     ledger.place(0, "node-a", 101.0)
     assert ledger.lateness(109.9) is None
     late = ledger.lateness(110.0)
-    assert "rank 1 on a node not known yet has not connected" in late
+    assert "rank 1 on a node not known yet: not connected" in late
     assert "within 10 s (1 of 2 ranks have)" in late
     assert "rank 0" not in late
     assert "parallel.start_timeout_s" in late
@@ -44,7 +44,7 @@ def test_every_stage_has_a_deadline_of_its_own():
     ledger.reach(0, Stage.LOADED, 113.0)
     assert ledger.missing == (1,)
     assert ledger.lateness(121.9) is None
-    assert "rank 1 on node-b has not loaded its part of the model" in ledger.lateness(122.0)
+    assert "rank 1 on node-b: not loaded their part of the model" in ledger.lateness(122.0)
 
 
 def test_all_late_ranks_are_named():
