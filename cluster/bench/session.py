@@ -15,11 +15,13 @@ from cluster.core.config import SchedulerConfig
 from cluster.core.model_info import ModelInfo
 from cluster.core.request import SamplingParams
 from cluster.core.step import StepInput, StepOutput
+from cluster.distributed.config import ParallelConfig
 from cluster.engine.config import EngineConfig
 from cluster.engine.engine import Engine
+from cluster.engine.executor import Executor
 from cluster.engine.submission import Submission
 from cluster.worker.config import WorkerConfig
-from cluster.worker.local_executor import LocalExecutor
+from cluster.worker.executors import create_executor
 
 WeightFormat = Literal["float32", "bfloat16", "int8", "int4"]
 
@@ -32,6 +34,7 @@ class EngineSettings:
         checkpoint: its directory.
         weights, num_threads, kernels, load_format: as in WorkerConfig.
         max_num_seqs: requests that run together.
+        tp, pp: as in ParallelConfig; a group's shards share ``num_threads`` out.
     """
 
     checkpoint: str
@@ -40,11 +43,13 @@ class EngineSettings:
     max_num_seqs: int
     kernels: Literal["auto", "torch"] = "auto"
     load_format: Literal["auto", "dummy"] = "auto"
+    tp: int = 1
+    pp: int = 1
 
     def worker(self) -> WorkerConfig:
         return WorkerConfig(
             weights=self.weights,
-            num_threads=self.num_threads,
+            num_threads=max(1, self.num_threads // (self.tp * self.pp)),
             kernels=self.kernels,
             load_format=self.load_format,
         )
@@ -91,7 +96,7 @@ class Run:
 class _TimedExecutor:
     """An executor that notes when its step was handed over and when it was done."""
 
-    def __init__(self, inner: LocalExecutor) -> None:
+    def __init__(self, inner: Executor) -> None:
         self._inner = inner
         self.model = inner.model
         self.max_in_flight = inner.max_in_flight
@@ -127,9 +132,10 @@ class Session:
         """
         scheduler = settings.scheduler()
         self._executor = _TimedExecutor(
-            LocalExecutor(
+            create_executor(
                 Path(settings.checkpoint),
                 settings.worker(),
+                ParallelConfig(tp=settings.tp, pp=settings.pp),
                 scheduler.max_num_seqs,
                 scheduler.max_num_batched_tokens,
             )

@@ -5,6 +5,7 @@ The library carries a digest of the sources and flags it was made from, so that 
 
 from __future__ import annotations
 
+import fcntl
 import hashlib
 import os
 import platform
@@ -85,6 +86,28 @@ def build(target: Path = LIBRARY) -> None:
         fresh = target.with_name(f".{target.name}.{os.getpid()}")
         shutil.copyfile(linked, fresh)
         fresh.replace(target)
+
+
+def is_fresh(target: Path = LIBRARY) -> bool:
+    """Whether the library is there and was made from these sources."""
+    return target.is_file() and source_digest().encode() in target.read_bytes()
+
+
+def build_if_stale(target: Path = LIBRARY) -> None:
+    """Builds unless the library is fresh; of several processes that find it stale, one builds and the others wait.
+
+    Raises:
+        BuildError: what the compiler said, or the folder cannot be written to.
+    """
+    if is_fresh(target):
+        return
+    try:
+        with open(target.with_name(f".{target.name}.lock"), "w") as lock:
+            fcntl.flock(lock, fcntl.LOCK_EX)
+            if not is_fresh(target):
+                build(target)
+    except OSError as error:
+        raise BuildError(f"{target}: {error.strerror}") from error
 
 
 def _compiler() -> list[str]:

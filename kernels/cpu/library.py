@@ -14,7 +14,7 @@ from collections.abc import Callable
 from typing import ClassVar, Protocol
 
 from cluster.errors import ConfigError
-from cluster.kernels.cpu.build import LIBRARY, BuildError, build, instruction_sets, source_digest
+from cluster.kernels.cpu.build import LIBRARY, BuildError, build_if_stale, instruction_sets
 
 _log = logging.getLogger(__name__)
 
@@ -117,9 +117,8 @@ def library() -> Library | None:
 
 def _opened() -> ctypes.CDLL | None:
     try:
-        # Looked for in the file: a stale library that is loaded once stays loaded in place of the fresh one.
-        if not LIBRARY.is_file() or source_digest().encode() not in LIBRARY.read_bytes():
-            build()
+        # Before it is loaded: a stale library that is loaded once stays loaded in place of the fresh one.
+        build_if_stale()
         handle = ctypes.CDLL(str(LIBRARY))
     except (BuildError, OSError) as error:
         _log.warning("the CPU kernels are not compiled, torch serves in their place: %s", error)
