@@ -1,7 +1,7 @@
 """Groups of shards give the tokens of one shard: tensor parallel, pipeline parallel and both, whatever may happen.
 
-A workload holds all at once: batches, prompts in chunks, prefixes found, preemption with blocks parked in host memory,
-candidates that share a prompt, a cancelled request, one that fails, and every kind of sampling.
+A workload holds all at once: batches, prompts in chunks, prefixes found, preemption, candidates that share a prompt, a
+cancelled request, one that fails, and every kind of sampling.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from thread_shards import QueueSink, ThreadShards
 
 from cluster.core.config import SchedulerConfig
 from cluster.core.request import SamplingParams
-from cluster.core.step import SampledToken, StepInput, StepOutput
+from cluster.core.step import NewSequence, ParkedBlocks, SampledToken, ScheduledSequence, StepInput, StepOutput
 from cluster.distributed.config import ParallelConfig
 from cluster.distributed.shm import ShmCommunicator
 from cluster.engine.config import EngineConfig
@@ -75,12 +75,9 @@ def worker(*, kv_cache_bytes: int = 2**24, **options: Any) -> WorkerConfig:
 
 @dataclass
 class SpiedExecutor:
-    """Notes what the steps were made of."""
+    """Notes how many steps were under way."""
 
     inner: Executor
-    num_parked: int = 0
-    num_resumed: int = 0
-    num_copies: int = 0
     most_in_flight: int = 0
     in_flight: int = 0
 
@@ -88,9 +85,6 @@ class SpiedExecutor:
         self.model, self.max_in_flight = self.inner.model, self.inner.max_in_flight
 
     def submit(self, step: StepInput) -> None:
-        self.num_parked += len(step.parked)
-        self.num_resumed += len(step.resumed)
-        self.num_copies += len(step.copies)
         self.in_flight += 1
         self.most_in_flight = max(self.most_in_flight, self.in_flight)
         self.inner.submit(step)
@@ -236,7 +230,6 @@ def test_tokens_of_a_group_are_those_of_one_shard(checkpoint: Path, tp_size: int
         executor.shutdown()
     assert_same(outcome, expected)
     assert min(outcome.num_preemptions, outcome.num_cached) > 0, "the workload must be a hard one"
-    assert min(executor.num_parked, executor.num_resumed, executor.num_copies) > 0
     assert executor.most_in_flight == (1 if pp_size == 1 else pp_size + 1)
 
 
@@ -245,6 +238,62 @@ def test_torch_kernels(llama: Path, tp_size: int, pp_size: int):
     expected = expected_outcome(llama, kernels="torch")
     with thread_shards(llama, tp_size, pp_size) as executor:
         assert_same(run_workload(executor), expected)
+
+
+def run_moving_blocks(executor: Executor) -> list[int]:
+    """Tokens of a sequence whose blocks go to host memory and back, one that overwrites them meanwhile, and one that
+    begins on a copied block."""
+    sampled: list[int] = []
+
+    def new(sequence_id: int, token_ids: list[int]) -> NewSequence:
+        return NewSequence(
+            sequence_id=sequence_id,
+            token_ids=token_ids,
+            num_prompt_tokens=20,
+            sampling=SamplingParams(temperature=0.0, seed=0),
+            candidate_index=0,
+            stop_token_ids=(),
+        )
+
+    def share(sequence_id: int, computed: int, count: int, blocks: tuple[int, ...] = ()) -> ScheduledSequence:
+        return ScheduledSequence(
+            sequence_id=sequence_id,
+            num_computed_tokens=computed,
+            num_new_tokens=count,
+            new_block_ids=blocks,
+            samples=True,
+        )
+
+    def run(**step: Any) -> None:
+        executor.submit(StepInput(step_id=len(sampled), **{"new": (), "dropped": ()} | step))
+        sampled.extend(token.token_id for _, token in sorted(executor.collect().sampled.items()))
+
+    first, second = create_prompts((20, 20))
+    run(new=(new(0, first),), scheduled=(share(0, 0, 20, (0, 1)),))
+    run(scheduled=(share(0, 20, 1),))
+    run(
+        dropped=(0,),
+        parked=(ParkedBlocks(sequence_id=0, block_ids=(0, 1)),),
+        new=(new(1, second),),
+        scheduled=(share(1, 0, 20, (1, 0)),),
+    )
+    run(
+        resumed=(ParkedBlocks(sequence_id=0, block_ids=(3, 2)),),
+        copies=((1, 4),),
+        new=(new(0, [*first, *sampled[:2]]), new(2, [*second[:16], 7, 8, 9, 10])),
+        scheduled=(share(0, 21, 1, (3, 2)), share(1, 20, 1), share(2, 16, 4, (4, 5))),
+    )
+    run(scheduled=(share(0, 22, 1), share(1, 21, 1), share(2, 20, 1)))
+    return sampled
+
+
+@pytest.mark.parametrize(("tp_size", "pp_size"), LAYOUTS)
+def test_blocks_that_move(llama: Path, tp_size: int, pp_size: int):
+    alone = LocalExecutor(llama, worker(kernels="torch"), MAX_NUM_SEQS, MAX_NUM_BATCHED_TOKENS)
+    expected = run_moving_blocks(alone)
+    assert len(expected) == 9
+    with thread_shards(llama, tp_size, pp_size) as executor:
+        assert run_moving_blocks(executor) == expected
 
 
 def test_quantized_weights(llama: Path):
