@@ -32,7 +32,7 @@ class PendingTokens:
         self._source = source
         self._batch = batch
         self._steps: deque[tuple[int, list[tuple[SequenceState, int]]]] = deque()
-        self._awaited: dict[int, int] = {}  # sequence id -> the step that draws its newest token
+        self._awaited: dict[int, tuple[int, SequenceState]] = {}  # by sequence: the step that draws its newest token
 
     def expect(self, step_id: int, states: Iterable[SequenceState]) -> None:
         """The step draws the next token of each of these sequences, at least one, in the order of
@@ -41,7 +41,7 @@ class PendingTokens:
         for state in states:
             places.append((state, state.num_tokens))
             self._batch.append(state, 0)
-            self._awaited[state.sequence_id] = step_id
+            self._awaited[state.sequence_id] = step_id, state
         self._steps.append((step_id, places))
 
     def settle(self, scheduled: Sequence[ScheduledSequence]) -> list[Arrival]:
@@ -51,12 +51,14 @@ class PendingTokens:
         Raises:
             PeerLost: the last stage did not send them in time.
         """
-        wanted = max((self._awaited.get(share.sequence_id, -1) for share in scheduled), default=-1)
+        awaited = (self._awaited.get(share.sequence_id) for share in scheduled)
+        # A sequence that was dropped meanwhile, and has come back, knows its tokens.
+        wanted = max((step_id for step_id, state in filter(None, awaited) if self._batch.holds(state)), default=-1)
         arrivals = []
         while self._steps and self._steps[0][0] <= wanted:
             step_id, places = self._steps.popleft()
             for (state, position), token_id in zip(places, self._source.get(step_id), strict=True):
-                if self._awaited.get(state.sequence_id) == step_id:
+                if self._awaited.get(state.sequence_id, (-1,))[0] == step_id:
                     del self._awaited[state.sequence_id]
                 if self._batch.holds(state):
                     # A sequence that failed may have been planned ahead: it is computed on a token that exists.
