@@ -62,7 +62,7 @@ class RayLauncher:
     Args:
         num_ranks, tp_size: of the group, and of a stage.
         shard: what each reserves.
-        model_path: as configured.
+        model, model_path: name and path, as configured.
         host: this node's address, for shards on others.
     """
 
@@ -73,6 +73,7 @@ class RayLauncher:
         tp_size: int,
         shard: Resources,
         *,
+        model: str,
         model_path: str,
         host: str,
         logging: LoggingConfig,
@@ -81,6 +82,7 @@ class RayLauncher:
         self._placement_group = placement_group
         self._tp_size = tp_size
         self._shard = shard
+        self._model = model
         self._model_path = model_path
         self._logging = logging
         nodes = set(placement_group_table(placement_group)["bundles_to_node_id"].values())
@@ -108,7 +110,9 @@ class RayLauncher:
             if self._stopped:
                 raise EngineFault("a rank was launched after its group was stopped")
             model_path = None if self.host is None else self._model_path
-            self._ends[rank] = self._actors[rank].run.remote(rank, address, secret, model_path, self._logging)
+            # The name is the process's title, and what Ray's dashboard shows.
+            run = self._actors[rank].run.options(name=f"Shard:{self._model}:rank-{rank}")
+            self._ends[rank] = run.remote(rank, address, secret, model_path, self._logging)
 
     def ended(self, rank: int) -> str | None:
         end = self._ends.get(rank)
@@ -120,7 +124,7 @@ class RayLauncher:
             return None
         except ActorDiedError as error:
             because = re.search(r"is dead because (.+?)\.?(\s|$)(?=[A-Z]|$)", str(error))
-            return f"ended: {because[1] if because else 'Ray does not say why'}"
+            return f"ended; Ray says that {because[1]}" if because else "ended"
         except Exception as error:  # what it raised, or Ray in trouble
             return f"ended: {' '.join(str(error).split())[-_MAX_WORDS:]}"
         return "ended"

@@ -11,6 +11,7 @@ import ray
 from ray import serve
 from ray.util.placement_group import get_current_placement_group
 
+from cluster.core.startup_ledger import Stage
 from cluster.engine.submission import EngineLoad
 from cluster.errors import ClusterError, EngineFault
 from cluster.observability.logging import configure_logging
@@ -27,6 +28,7 @@ from cluster.worker.launcher import Launcher
 
 _METRICS_INTERVAL_S = 1.0
 _FAULT_GRACE_S = 0.5
+_NEXT_STAGE = {Stage.PLACED: "joining", Stage.JOINED: "loading weights", Stage.LOADED: "warming up"}
 
 logger = logging.getLogger(__name__)
 
@@ -46,9 +48,10 @@ class ModelReplica:
         configure_logging(identity.logging.level, identity.logging.format)
         self._model = model
         self._shard = shard
-        self._logging = identity.logging
+        self._identity = identity
         self._replica_id = serve.get_replica_context().replica_id.unique_id
         self._report = StartupReport(identity.start_id, f"{model.name} {self._replica_id}", self._replica_id)
+        self._rank_reports: dict[int, StartupReport] = {}
         self._host = identity.replica_host or ray.util.get_node_ip_address()
         self._server = ReplicaServer(
             self._create_engine,
@@ -114,10 +117,22 @@ class ModelReplica:
             limits.max_num_batched_tokens,
             on_stage=self._report.enter,
             launcher=launcher,
+            on_rank=self._report_rank,
         )
         if isinstance(executor, GroupExecutor):
             executor.lost.add_done_callback(self._lose)
         return TokenEngine(executor, self._model.engine)
+
+    def _report_rank(self, rank: int, node: str, reached: Stage) -> None:
+        """What a rank has reached, as the stage that begins then."""
+        if reached is Stage.PLACED:
+            title = f"{self._model.name} {self._replica_id} rank {rank} on {node}"
+            self._rank_reports[rank] = StartupReport(self._identity.start_id, title, f"{self._replica_id}-{rank}")
+        report = self._rank_reports[rank]
+        if reached in _NEXT_STAGE:
+            report.enter(_NEXT_STAGE[reached])
+        else:
+            report.finish()
 
     def _lose(self, lost: Future[ClusterError]) -> None:
         """A shard is gone, whatever the engine is doing. Runs in the group's thread."""
@@ -136,9 +151,10 @@ class ModelReplica:
             tp_size * pp_size,
             tp_size,
             self._shard,
+            model=self._model.name,
             model_path=self._model.path,
             host=self._host,
-            logging=self._logging,
+            logging=self._identity.logging,
         )
 
     def _end(self, fault: EngineFault) -> None:

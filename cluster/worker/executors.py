@@ -11,7 +11,7 @@ from cluster.worker.config import WorkerConfig
 from cluster.worker.group_executor import GroupExecutor
 from cluster.worker.launcher import Launcher
 from cluster.worker.process_launcher import ProcessLauncher
-from cluster.worker.shard_group import start_group
+from cluster.worker.shard_group import OnRank, start_group
 
 if TYPE_CHECKING:  # it loads torch, which a group's leader does without
     from cluster.worker.local_executor import LocalExecutor
@@ -25,6 +25,7 @@ def create_executor(
     max_num_batched_tokens: int,
     on_stage: Callable[[str], None] | None = None,
     launcher: Launcher | None = None,
+    on_rank: OnRank = lambda rank, node, stage: None,
 ) -> LocalExecutor | GroupExecutor:
     """Loads a model, here or on a group of shards.
 
@@ -34,6 +35,7 @@ def create_executor(
         max_num_seqs, max_num_batched_tokens: the largest step, as in SchedulerConfig.
         on_stage: called with each stage's name as it begins.
         launcher: starts a group's shards; None: as subprocesses.
+        on_rank: called as each rank of a group reaches each stage of its start.
 
     Raises:
         ClusterError: checkpoint, configuration or memory; or a shard is late or lost. The message says what to change.
@@ -51,6 +53,7 @@ def create_executor(
         max_num_batched_tokens=max_num_batched_tokens,
         launcher=launcher or ProcessLauncher(tp_size * pp_size, num_cuda_devices=_num_cuda_devices(worker)),
         on_stage=on_stage or (lambda stage: None),
+        on_rank=on_rank,
     )
     return GroupExecutor(group, parallel.step_timeout_s)
 

@@ -39,6 +39,8 @@ _log = logging.getLogger(__name__)
 _HELLO_TIMEOUT_S = 5.0
 _LOOK_S = 0.05  # between looks for ranks that ended before they connected
 Answer = TypeVar("Answer", Joined, Loaded, Allocated)
+OnRank = Callable[[int, str, Stage], None]
+"""Called with a rank, its node's name, and the stage that it has reached."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -67,6 +69,7 @@ def start_group(
     max_num_batched_tokens: int,
     launcher: Launcher,
     on_stage: Callable[[str], None],
+    on_rank: OnRank = lambda rank, node, stage: None,
 ) -> ShardGroup:
     """Starts a group and returns when it is ready; whatever goes wrong, nothing of it is left.
 
@@ -82,6 +85,7 @@ def start_group(
         max_num_batched_tokens=max_num_batched_tokens,
         launcher=launcher,
         on_stage=on_stage,
+        on_rank=on_rank,
     ).run()
 
 
@@ -96,6 +100,7 @@ class _Start:
         max_num_batched_tokens: int,
         launcher: Launcher,
         on_stage: Callable[[str], None],
+        on_rank: OnRank,
     ) -> None:
         self._checkpoint = checkpoint
         self._worker = worker
@@ -105,6 +110,7 @@ class _Start:
         self._max_num_seqs, self._max_num_batched_tokens = max_num_seqs, max_num_batched_tokens
         self._launcher = launcher
         self._on_stage = on_stage
+        self._on_rank = on_rank
         self._ledger = StartupLedger(self._world_size, parallel.start_timeout_s, time.monotonic())
         self._members: tuple[Member, ...] = ()
 
@@ -175,6 +181,7 @@ class _Start:
         found[hello.rank][hello.channel] = hello, connection
         if len(found[hello.rank]) == 2:
             self._ledger.place(hello.rank, hello.host, time.monotonic())
+            self._on_rank(hello.rank, hello.host, Stage.PLACED)
 
     def _check_placing(self) -> None:
         for rank in self._ledger.missing:
@@ -257,6 +264,7 @@ class _Start:
                     elif isinstance(message, kind) and member.rank not in answers:
                         answers[member.rank] = message
                         self._ledger.reach(member.rank, stage, time.monotonic())
+                        self._on_rank(member.rank, member.hello.host, stage)
                     else:
                         what = f"{member} sent {type(message).__name__} out of turn"
                         raise self._watch.lose(GroupLost(what, (member.rank,)))

@@ -28,7 +28,7 @@ from cluster.client import Client
 from cluster.core.request import SamplingParams
 from cluster.errors import ClusterError
 
-_TITLES = ("ray::ShardActor", "ray::ServeReplica:cluster:model-")
+_TITLES = ("ray::Shard:", "ray::ServeReplica:cluster:model-")
 _LONG = SamplingParams(max_tokens=900, ignore_eos=True)
 _LOOK_S = 0.002
 _TIMEOUT_S = 120.0

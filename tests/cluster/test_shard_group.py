@@ -206,7 +206,6 @@ class TestStart:
             create_group(launcher=WrongSecret(2, command=COMMAND))
         assert "[rank 1] the group's leader is lost" in capfd.readouterr().err
 
-
     def test_shards_of_other_nodes_come_over_tcp(self):
         class FromOtherNodes(ProcessLauncher):
             host = "127.0.0.1"
