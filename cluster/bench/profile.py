@@ -238,8 +238,7 @@ class _Bench:
 
 
 def _next_token(share: ScheduledSequence) -> ScheduledSequence:
-    return replace(
-        share,
+    return share._replace(
         num_computed_tokens=share.num_computed_tokens + share.num_new_tokens,
         num_new_tokens=1,
         new_block_ids=(),

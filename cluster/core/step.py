@@ -7,6 +7,7 @@ once (``NewSequence``); after that only what changed travels (``ScheduledSequenc
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from typing import NamedTuple
 
 from cluster.core.request import SamplingParams
 
@@ -32,9 +33,10 @@ class NewSequence:
     stop_token_ids: tuple[int, ...]
 
 
-@dataclass(frozen=True, kw_only=True, slots=True)
-class ScheduledSequence:
+class ScheduledSequence(NamedTuple):
     """A sequence's share of one step: compute ``num_new_tokens`` tokens after the first ``num_computed_tokens``.
+
+    A tuple, because every step has one of each sequence: it is made, sent and read several times faster.
 
     Attributes:
         num_computed_tokens: above 0 in a NewSequence's first share where the prefix cache, a sibling or host memory
