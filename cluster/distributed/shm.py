@@ -32,7 +32,6 @@ from cluster.kernels.cpu.library import library
 
 _FOLDER = Path("/dev/shm")
 _PREFIX = "cluster-segment-"
-_SPIN_NS = 50_000
 
 
 def segment_path() -> str:
@@ -74,8 +73,6 @@ class ShmCommunicator:
         self._functions = functions()
         self._lock = threading.Lock()  # of closing and aborting
         self._mapping: mmap.mmap | None = None
-        # Where ranks share cores, whoever spins keeps the one that it waits for from running.
-        spin_ns = _SPIN_NS if size <= len(os.sched_getaffinity(0)) else 0
         _remove_orphans(Path(path).parent)
         file = _open(path)
         try:
@@ -83,8 +80,9 @@ class ShmCommunicator:
             self._window: ctypes.Array[ctypes.c_char] | None = (ctypes.c_char * len(self._mapping)).from_buffer(
                 self._mapping
             )
-            self._segment = ctypes.addressof(self._window)
-            self._member = Member(self._segment, rank, size, int(timeout_s * 1e9), spin_ns)
+            segment = ctypes.addressof(self._window)
+            self._failure = ctypes.c_uint64.from_address(segment)
+            self._member = Member(segment, rank, size, int(timeout_s * 1e9))
             self._address = ctypes.addressof(self._member)
             self._functions.segment_join(self._address)
             with contextlib.suppress(FileNotFoundError):
@@ -135,8 +133,8 @@ class ShmCommunicator:
     def check(self) -> None:
         if self._mapping is None:
             raise PeerLost("the communicator is closed")
-        failure = failure_of(self._segment)
-        if failure is not None:
+        if self._failure.value:
+            failure = failure_of(self._failure.value)
             raise PeerLost(self._message(failure), failure.ranks)
 
     def abort(self) -> None:

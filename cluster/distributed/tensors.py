@@ -11,7 +11,7 @@ def check_contiguous(x: Tensor) -> None:
     Raises:
         ValueError: ``x`` is not contiguous, or not in the CPU's memory.
     """
-    if not x.is_contiguous() or x.device.type != "cpu":
+    if not (x.is_contiguous() and x.is_cpu):
         raise ValueError(f"tensors must be contiguous, on the CPU; got {tuple(x.shape)}, {x.stride()} on {x.device}")
 
 

@@ -29,10 +29,9 @@ class Member(ctypes.Structure):
     Attributes:
         segment: address of the mapping; None: closed, every op returns at once.
         timeout_ns: how long an op waits for others.
-        spin_ns: how long it does so without letting others run.
     """
 
-    _fields_ = (("segment", _P), ("rank", _I), ("size", _I), ("timeout_ns", _I), ("spin_ns", _I))
+    _fields_ = (("segment", _P), ("rank", _I), ("size", _I), ("timeout_ns", _I))
 
 
 class FailureKind(IntEnum):
@@ -61,11 +60,8 @@ class Failure:
     ranks: tuple[int, ...]
 
 
-def failure_of(segment: int) -> Failure | None:
-    """What the segment at this address says; None: it is sound."""
-    word = ctypes.c_uint64.from_address(segment).value
-    if word == 0:
-        return None
+def failure_of(word: int) -> Failure:
+    """What the first eight bytes of a segment say, if they are not zero."""
     mask = word >> 32
     return Failure(
         FailureKind(word & 0xFF), word >> 8 & 0xFF, tuple(rank for rank in range(MAX_RANKS) if mask >> rank & 1)

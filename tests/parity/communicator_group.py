@@ -77,10 +77,20 @@ class Group:
 
     Args:
         delays_s: how long each rank sleeps before it joins; a rank with None is not started.
+        wait: for the ranks to join or fail; else what became of that is their first result.
+
+    Attributes:
+        joined: None or Raised, by rank.
     """
 
     def __init__(
-        self, meeting: Meeting, size: int, timeout_s: float = 20.0, delays_s: Sequence[float | None] | None = None
+        self,
+        meeting: Meeting,
+        size: int,
+        *,
+        timeout_s: float = 20.0,
+        delays_s: Sequence[float | None] | None = None,
+        wait: bool = True,
     ) -> None:
         self.size = size
         self._pipes: dict[int, Connection] = {}
@@ -93,7 +103,7 @@ class Group:
             self._processes[rank] = _context.Process(target=_serve, args=arguments, daemon=True)
             self._processes[rank].start()
             theirs.close()
-        self.joined = self.results()
+        self.joined = self.results() if wait else {}
 
     def start(self, task: Callable[..., Any], *arguments: Any, ranks: Sequence[int] | None = None) -> None:
         for rank in self._pipes if ranks is None else ranks:

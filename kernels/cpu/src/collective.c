@@ -32,9 +32,9 @@
 #define RING_STEP (64 << 10)   /* published at once: the receiver reads while the sender writes on */
 #define SCATTER_BYTES (32 << 10) /* from here on three ranks and more sum a part each */
 
-#define SPINS 64             /* pauses between two looks at the clock */
-#define YIELD_NS 200000      /* then others are let run, then the thread sleeps */
-#define SLEEP_NS 20000000    /* at a time: a failure may be told just before a thread falls asleep */
+#define SPINS 50          /* pauses, less than a microsecond: the one that is waited for may need this very core */
+#define YIELD_NS 200000   /* so long others are let run again and again, then the thread sleeps */
+#define SLEEP_NS 20000000 /* at a time: a failure may be told just before a thread falls asleep */
 
 /* "collect" and the version of what follows. */
 #define IDENTITY 0x636f6c6c65637401u
@@ -77,7 +77,6 @@ typedef struct {
     segment *shared; /* NULL: closed */
     int64_t rank, size;
     int64_t timeout_ns;
-    int64_t spin_ns;
 } member;
 
 static char *slot_of(const member *m, int64_t rank, uint32_t phase) {
@@ -148,15 +147,14 @@ INLINE bool is_reached(const flag *f, uint32_t target) {
 }
 
 static __attribute__((noinline)) bool wait_long(const member *m, flag *f, uint32_t target, int64_t *start) {
+    for (int spin = 0; spin < SPINS && !is_reached(f, target); spin++) pause_cpu();
     if (*start == 0) *start = now_ns();
     while (!has_failed(m)) {
         uint32_t seen = atomic_load_explicit(&f->value, memory_order_acquire);
         if ((int32_t)(seen - target) >= 0) return true;
         int64_t waited = now_ns() - *start;
         if (waited >= m->timeout_ns) return false;
-        if (waited < m->spin_ns)
-            for (int spin = 0; spin < SPINS && !is_reached(f, target); spin++) pause_cpu();
-        else if (waited < m->spin_ns + YIELD_NS)
+        if (waited < YIELD_NS)
             sched_yield();
         else
             sleep_on(f, seen, min_i64(SLEEP_NS, m->timeout_ns - waited));
@@ -267,10 +265,12 @@ INLINE void sum_typed(const char *const *terms, int64_t num_terms, int64_t count
     }
 }
 
-/* out[i] = slot of rank 0 [first + i] + slot of rank 1 [first + i] + ..., in float32, rounded once. */
-static void sum_slots(const member *m, uint32_t phase, int64_t first, int64_t count, char *out, int64_t type) {
+/* out[i] = x of rank 0 [first + i] + x of rank 1 [first + i] + ..., in float32, rounded once. Others' lie in their slots. */
+static void sum_ranks(const member *m, uint32_t phase, const char *x, int64_t first, int64_t count, char *out,
+                      int64_t type) {
     const char *terms[MAX_RANKS];
-    for (int64_t rank = 0; rank < m->size; rank++) terms[rank] = slot_of(m, rank, phase) + first * width_of(type);
+    for (int64_t rank = 0; rank < m->size; rank++)
+        terms[rank] = (rank == m->rank ? x : slot_of(m, rank, phase)) + first * width_of(type);
     if (type == FLOAT32)
         sum_typed(terms, m->size, count, out, FLOAT32);
     else if (type == BFLOAT16)
@@ -285,7 +285,7 @@ static bool reduce_whole(const member *m, char *x, int64_t count, int64_t type, 
     if (!begin(m, &phase)) return false;
     memcpy(slot_of(m, m->rank, phase), x, (size_t)(count * width_of(type)));
     if (!meet(m, phase, call)) return false;
-    sum_slots(m, phase, 0, count, x, type);
+    sum_ranks(m, phase, x, 0, count, x, type);
     return true;
 }
 
@@ -297,7 +297,7 @@ static bool reduce_parts(const member *m, char *x, int64_t count, int64_t type, 
     if (!begin(m, &phase)) return false;
     memcpy(slot_of(m, m->rank, phase), x, (size_t)(count * width));
     if (!meet(m, phase, call)) return false;
-    sum_slots(m, phase, first, size, slot_of(m, m->rank, phase + 1), type);
+    sum_ranks(m, phase, x, first, size, slot_of(m, m->rank, phase + 1), type);
     if (!meet(m, phase + 1, call)) return false;
     for (int64_t rank = 0; rank < m->size; rank++) {
         first = min_i64(rank * part, count), size = min_i64(part, count - first);
