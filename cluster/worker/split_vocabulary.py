@@ -105,7 +105,8 @@ class SplitVocabulary:
         return torch.empty_like(dealt_R).index_copy_(0, self._index(deal, dealt_R), dealt_R)
 
     def _index(self, deal: Deal, like: Tensor) -> Tensor:
-        return torch.tensor(deal.order, dtype=torch.int64, device=like.device)
+        order = torch.tensor(deal.order, dtype=torch.int64, pin_memory=like.is_cuda)
+        return order.to(like.device, non_blocking=True)
 
 
 class SplitSampler:

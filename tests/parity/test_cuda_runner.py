@@ -8,10 +8,12 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Callable
+from dataclasses import replace
 
 import numpy as np
 import pytest
 import torch
+from thread_communicator import ThreadCommunicator, ThreadGroup
 from triton_setup import DEVICE
 
 from cluster import kernels
@@ -19,16 +21,20 @@ from cluster.core.config import SchedulerConfig
 from cluster.core.model_info import ModelInfo
 from cluster.core.request import SamplingParams
 from cluster.core.step import NewSequence, SampledToken, ScheduledSequence, StepInput, StepOutput
+from cluster.distributed.layout import Layout
 from cluster.engine.config import EngineConfig
 from cluster.engine.engine import Engine
 from cluster.engine.submission import Submission
 from cluster.errors import EngineFault
 from cluster.kernels import reference
 from cluster.kernels.triton.backend import functions
-from cluster.worker.cuda_graph import CudaCapture, DecodeBuffers, DecodeGraphs, graph_sizes
+from cluster.worker.cuda_graph import CudaCapture, DecodeBuffers, DecodeGraphs, Output, graph_sizes
 from cluster.worker.cuda_runner import CudaRunner
+from cluster.worker.device_sampler import draw, draw_split
 from cluster.worker.input_batch import InputBatch, SequenceState
+from cluster.worker.peers import Peers
 from cluster.worker.sampler import sample
+from cluster.worker.split_vocabulary import SplitVocabulary
 
 VOCAB, HIDDEN, HEADS, KV_HEADS, HEAD_DIM = 61, 24, 4, 2, 8
 MAX_SEQS, MAX_LEN, NUM_BLOCKS, BLOCK_SIZE = 6, 64, 40, 4
@@ -47,7 +53,10 @@ class TinyModel:
     is_first_stage = is_last_stage = True
     hidden_size, vocab_size, vocab_range = HIDDEN, VOCAB, (0, VOCAB)
 
-    def __init__(self, layers: int = 2) -> None:
+    def __init__(self, layers: int = 2, stage: int | None = None) -> None:
+        """``stage``: of a pipeline where each layer is one; None: there is none."""
+        if stage is not None:
+            self.is_first_stage, self.is_last_stage = stage == 0, stage == layers - 1
         generator = torch.Generator().manual_seed(3)
 
         def weight(*shape: int) -> torch.Tensor:
@@ -58,22 +67,25 @@ class TinyModel:
         self.out = [weight(HEADS * HEAD_DIM, HIDDEN) / HEAD_DIM for _ in range(layers)]
         self.head = weight(HIDDEN, VOCAB) / 2
         self.frequencies = 0.5 ** torch.arange(HEAD_DIM // 2, device=DEVICE)
+        if stage is not None:
+            self.qkv, self.out = self.qkv[stage : stage + 1], self.out[stage : stage + 1]
         self.num_calls = 0
         self.broken_token: int | None = None
 
-    def __call__(self, input_ids_T, positions_T, attn, kv_caches) -> torch.Tensor:
+    def __call__(self, inputs, positions_T, attn, kv_caches) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]:
         self.num_calls += 1
-        x = self.embedding[input_ids_T]
-        if self.broken_token is not None:
-            x = torch.where((input_ids_T == self.broken_token)[:, None], torch.nan, x)
+        x = self.embedding[inputs] if self.is_first_stage else inputs[0] + inputs[1]
+        if self.broken_token is not None and self.is_first_stage:
+            x = torch.where((inputs == self.broken_token)[:, None], torch.nan, x)
         angles = positions_T[:, None].float() * self.frequencies
         for qkv, out, kv_cache in zip(self.qkv, self.out, kv_caches, strict=True):
             heads = (x @ qkv).view(len(x), -1, HEAD_DIM)
             q = kernels.rotary_and_cache(
                 heads, angles.cos(), angles.sin(), kv_cache, attn.slot_mapping_T, HEADS, KV_HEADS
             )
-            x = x + kernels.paged_attention(q, kv_cache, attn.plan(None), scale=HEAD_DIM**-0.5).flatten(1) @ out
-        return x
+            attended = kernels.paged_attention(q, kv_cache, attn.plan(None), scale=HEAD_DIM**-0.5).flatten(1) @ out
+            streams, x = (attended, x), x + attended
+        return x if self.is_last_stage else streams
 
     def compute_logits(self, hidden_SD: torch.Tensor) -> torch.Tensor:
         return hidden_SD @ self.head
@@ -93,9 +105,18 @@ class TinyModel:
         return x[-1:] @ self.head
 
 
-def fake_capture(run: Callable[[], torch.Tensor]) -> tuple[Callable[[], None], torch.Tensor]:
-    output = run().clone()
-    return lambda: output.copy_(run()), output  # type: ignore[return-value]
+def fake_capture(run: Callable[[], Output]) -> tuple[Callable[[], None], Output]:
+    output = run()
+    if isinstance(output, torch.Tensor):
+        kept: Output = output.clone()
+        return lambda: kept.copy_(run()), kept
+    kept = output[0].clone(), output[1].clone()
+
+    def replay() -> None:
+        for tensor, value in zip(kept, run(), strict=True):
+            tensor.copy_(value)
+
+    return replay, kept
 
 
 class PipelinedExecutor:
@@ -121,7 +142,7 @@ class PipelinedExecutor:
         self._launched.clear()
 
 
-def create_runner(model: TinyModel, *, graphs: bool, capture=None) -> CudaRunner:
+def create_runner(model: TinyModel, *, graphs: bool, capture=None, **options) -> CudaRunner:
     batch = InputBatch(max_num_seqs=MAX_SEQS, max_model_len=MAX_LEN, block_size=BLOCK_SIZE)
     shape = (2, NUM_BLOCKS, BLOCK_SIZE, KV_HEADS, HEAD_DIM)
     return CudaRunner(
@@ -133,6 +154,7 @@ def create_runner(model: TinyModel, *, graphs: bool, capture=None) -> CudaRunner
         dtype=torch.float32,
         device=DEVICE,
         capture=(capture or fake_capture) if graphs else None,
+        **options,
     )
 
 
@@ -314,6 +336,132 @@ def test_logprobs_travel_with_the_tokens() -> None:
                 [i for i, _ in other.top_logprobs],
             )
             assert token.logprob == pytest.approx(other.logprob, abs=1e-4)
+
+
+class Pipe:
+    """Both ends of the way from the first stage to the second, as a communicator."""
+
+    size = 2
+
+    def __init__(self, rank: int, sent: deque[torch.Tensor]) -> None:
+        self.rank, self._sent = rank, sent
+
+    def send(self, x: torch.Tensor, to_rank: int) -> None:
+        assert (self.rank, to_rank) == (0, 1)
+        self._sent.append(x.clone())
+
+    def recv(self, out: torch.Tensor, from_rank: int) -> None:
+        assert (self.rank, from_rank) == (1, 0)
+        out.copy_(self._sent.popleft())
+
+    def check(self) -> None: ...
+
+
+class TwoStages:
+    """An executor of two ranks that this thread runs in turn. Who asks for ids makes the last stage collect the steps
+    that it has launched, until they are there."""
+
+    max_in_flight = 3
+
+    def __init__(self, *, graphs: bool) -> None:
+        self.model = replace(PipelinedExecutor(None).model, pp_size=2)
+        self._ids: dict[int, list[int]] = {}
+        self._launched: deque[Callable[[], StepOutput]] = deque()
+        self._outputs: deque[StepOutput] = deque()
+        self.num_awaited = 0
+        sent: deque[torch.Tensor] = deque()
+        self._runners = [
+            create_runner(
+                TinyModel(stage=stage),
+                graphs=graphs,
+                peers=Peers(layout=Layout(rank=stage, pp_size=2), pp=Pipe(stage, sent), tokens=self),
+            )
+            for stage in range(2)
+        ]
+        assert not sent, "graphs are captured without the other stage"
+
+    def put(self, step_id: int, token_ids: list[int]) -> None:
+        self._ids[step_id] = token_ids
+
+    def get(self, step_id: int) -> list[int]:
+        while step_id not in self._ids:
+            self.num_awaited += 1
+            self._outputs.append(self._launched.popleft()())
+        return self._ids.pop(step_id)
+
+    def submit(self, step: StepInput) -> None:
+        first = self._runners[0].launch(step)
+        self._launched.append(self._runners[1].launch(step))
+        assert not first().sampled
+
+    def collect(self) -> StepOutput:
+        return self._outputs.popleft() if self._outputs else self._launched.popleft()()
+
+    def shutdown(self) -> None: ...
+
+
+@pytest.mark.parametrize("graphs", [False, True])
+def test_two_stages_give_the_tokens_of_one(graphs: bool) -> None:
+    """Steps are planned on tokens that are still on their way."""
+    executor = TwoStages(graphs=graphs)
+    scheduler = SchedulerConfig(max_num_seqs=MAX_SEQS, max_num_batched_tokens=16)
+    tokens = generate(Engine(executor, EngineConfig(scheduler=scheduler)), REQUESTS)
+    model = TinyModel()
+    for (prompt, sampling), output in zip(REQUESTS, tokens, strict=True):
+        assert output == [token.token_id for token in expected_tokens(model, prompt, sampling)]
+    assert executor.num_awaited > 0
+
+
+class WholeCommunicator(ThreadCommunicator):
+    """With what sharing out the vocabulary takes."""
+
+    def all_gather(self, x: torch.Tensor, out: torch.Tensor) -> None:
+        self._group.given[self.rank] = x.clone()
+        self._meet()
+        out.copy_(torch.stack(self._group.given))
+        self._meet()
+
+    def all_to_all(self, x: torch.Tensor, out: torch.Tensor) -> None:
+        self._group.given[self.rank] = x.clone()
+        self._meet()
+        out.copy_(torch.stack([given[self.rank] for given in self._group.given]))
+        self._meet()
+
+
+@pytest.mark.parametrize("num_rows", [1, 8])
+@pytest.mark.parametrize("kind", ["all greedy", "mixed"])
+def test_ranks_with_parts_of_the_vocabulary_draw_as_one(kind: str, num_rows: int) -> None:
+    part = -(-VOCAB // 2)
+    logits_RV = torch.randn(num_rows, VOCAB, generator=torch.Generator().manual_seed(8)).to(DEVICE)
+    logits_RV[num_rows // 2, 7] = torch.nan
+    tokens_NL = torch.randint(0, VOCAB, (8, 32), generator=torch.Generator().manual_seed(9)).int().to(DEVICE)
+    tokens = tokens_NL.cpu().numpy().astype(np.int64)
+
+    def rows() -> list[SequenceState]:
+        sampling = [REQUESTS[0][1] if kind == "all greedy" else request[1] for request in REQUESTS[:num_rows]]
+        if kind == "mixed":
+            sampling = [replace(s, logprobs=index % 3) if index % 2 else s for index, s in enumerate(sampling)]
+        return [
+            SequenceState(
+                sequence_id=index, row=index, sampling=s, candidate_index=0, stop_token_ids=(0,),
+                token_ids=tokens[index], num_prompt_tokens=5, num_tokens=9,
+            )
+            for index, s in enumerate(sampling)
+        ]  # fmt: skip
+
+    def work(tp: ThreadCommunicator) -> list[SampledToken | None]:
+        whole = WholeCommunicator(tp._group, tp.rank)
+        logits_RU = torch.zeros(num_rows, part, device=DEVICE)
+        own = logits_RV[:, tp.rank * part : (tp.rank + 1) * part]
+        logits_RU[:, : own.shape[1]] = own
+        vocabulary = SplitVocabulary(whole, (tp.rank * part, tp.rank * part + own.shape[1]), VOCAB)
+        return draw_split(logits_RU, rows(), tokens_NL, vocabulary).to_host().sampled()
+
+    expected = draw(logits_RV, rows(), tokens_NL).to_host().sampled()
+    first, second = ThreadGroup(2).run(work)
+    assert first == expected
+    assert [token and token.token_id for token in second] == [token and token.token_id for token in expected]
+    assert [token is None for token in expected] == [index == num_rows // 2 for index in range(num_rows)]
 
 
 def test_a_step_out_of_order_is_a_fault() -> None:
