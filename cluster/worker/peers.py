@@ -35,11 +35,11 @@ class Peers:
 
     @property
     def source(self) -> TokenSource | None:
-        return cast("TokenSource", self.tokens) if self.tokens and self.layout.is_first_stage else None
+        return cast("TokenSource | None", self.tokens) if self.layout.is_first_stage else None
 
     @property
     def sink(self) -> TokenSink | None:
-        return cast("TokenSink", self.tokens) if self.tokens and not self.layout.is_first_stage else None
+        return None if self.layout.is_first_stage else cast("TokenSink | None", self.tokens)
 
     def within_stage(self) -> Peers:
         """Those of the own stage alone."""

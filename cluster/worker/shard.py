@@ -20,7 +20,7 @@ from cluster.core.step import StepInput, StepOutput
 from cluster.distributed.communicator import Communicator
 from cluster.distributed.layout import Layout
 from cluster.distributed.shm import ShmCommunicator
-from cluster.errors import ConfigError
+from cluster.errors import ConfigError, Unsupported
 from cluster.kernels.backend import Backend
 from cluster.kernels.cpu.library import library as cpu_library
 from cluster.models.config import ConfigFile, ModelConfig, read_architecture
@@ -103,6 +103,12 @@ class Shard:
         self._num_threads = config.num_threads or len(os.sched_getaffinity(0))
         self._file = ConfigFile.read(checkpoint / "config.json")
         self._our_code = runs_on_our_code(self._file, config.model_impl)
+        if not self._our_code and layout.world_size > 1:
+            raise Unsupported(
+                f"{self._file.path}: {read_architecture(self._file)} runs on transformers' own modelling code, which "
+                f"is not cut into shards: set parallel.tp and parallel.pp to 1 (they are {layout.tp_size} and "
+                f"{layout.pp_size})"
+            )
         self._numbers = choose_numbers(config, self._file, self._device, our_code=self._our_code)
         self.backend: Backend = self._numbers.backend
         self.runner: Runner | None = None
@@ -112,8 +118,7 @@ class Shard:
         self._eos_token_ids = read_eos_token_ids(checkpoint, self._file)
 
     def measure(self) -> StageTimes:
-        """Before ``load``, and only of an architecture that our code runs: what the parts of a stage take here, with
-        weights that are made up and freed again."""
+        """Before ``load``: what the parts of a stage take here, with weights that are made up and freed again."""
         with self._own_memory():
             one_layer = Layout(rank=self._layout.tp_rank, tp_size=self._layout.tp_size, layers=(0, 1))
             options = replace(self._load_options(), load_format="dummy")

@@ -47,6 +47,8 @@ SAMPLING: dict[str, dict[str, Any]] = {
 class FreeModel:
     """A model of ready-made logits."""
 
+    is_first_stage = is_last_stage = True
+
     def __init__(self, num_rows: int, vocab_size: int) -> None:
         self._logits_SV = torch.randn(num_rows, vocab_size, generator=torch.Generator().manual_seed(0)) * 3.0
 

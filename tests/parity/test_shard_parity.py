@@ -25,15 +25,18 @@ from cluster.core.config import SchedulerConfig
 from cluster.core.request import SamplingParams
 from cluster.core.step import NewSequence, ParkedBlocks, SampledToken, ScheduledSequence, StepInput, StepOutput
 from cluster.distributed.config import ParallelConfig
+from cluster.distributed.layout import Layout
 from cluster.distributed.shm import ShmCommunicator
 from cluster.engine.config import EngineConfig
 from cluster.engine.engine import Engine
 from cluster.engine.executor import Executor
 from cluster.engine.submission import Submission
+from cluster.errors import Unsupported
 from cluster.models.decoder import DecoderForCausalLM
 from cluster.worker.config import WorkerConfig
 from cluster.worker.executors import create_executor
 from cluster.worker.local_executor import LocalExecutor
+from cluster.worker.shard import Shard
 
 pytestmark = pytest.mark.skipif(not ShmCommunicator.available(), reason="no shared memory, or no C kernels")
 
@@ -294,6 +297,28 @@ def test_blocks_that_move(llama: Path, tp_size: int, pp_size: int):
     assert len(expected) == 9
     with thread_shards(llama, tp_size, pp_size) as executor:
         assert run_moving_blocks(executor) == expected
+
+
+def test_over_sockets(llama: Path):
+    """A communicator whose sums no recorded program repeats."""
+    parallel = ParallelConfig(tp=2, communicator="gloo")
+    config = worker(kv_cache_bytes=scarce(llama, 2, 1))
+    executor = create_executor(llama, config, parallel, MAX_NUM_SEQS, MAX_NUM_BATCHED_TOKENS)
+    try:
+        assert_same(run_workload(executor), expected_outcome(llama))
+    finally:
+        executor.shutdown()
+
+
+def test_a_model_that_is_not_cut_into_shards(llama: Path):
+    with pytest.raises(Unsupported, match=r"set parallel\.tp and parallel\.pp to 1 \(they are 1 and 2\)"):
+        Shard(
+            llama,
+            worker(model_impl="transformers"),
+            max_num_seqs=1,
+            max_num_batched_tokens=8,
+            layout=Layout(rank=1, pp_size=2),
+        )
 
 
 def test_quantized_weights(llama: Path):
