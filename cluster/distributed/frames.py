@@ -89,11 +89,12 @@ class FrameSocket:
         except OSError as error:
             raise ConnectionLost(f"the connection broke: {error}") from error
 
-    def receive(self, timeout_s: float | None = None) -> memoryview:
+    def receive(self, timeout_s: float | None = None, spin_s: float = 0.0) -> memoryview:
         """Waits for the next frame; gives its payload, which is valid until the next call.
 
         Args:
             timeout_s: for the whole frame; None: no limit.
+            spin_s: how long to look for it before sleeping: a processor that sleeps takes as long as that to wake.
 
         Raises:
             ReceiveTimeout: it did not come in time.
@@ -102,6 +103,12 @@ class FrameSocket:
         frame = self._next_frame()
         if frame is not None:
             return frame
+        if spin_s:
+            awake_until = time.perf_counter() + spin_s
+            while time.perf_counter() < awake_until:
+                if self._fill(socket.MSG_DONTWAIT) and (frame := self._next_frame()) is not None:
+                    return frame
+                os.sched_yield()
         deadline = None if timeout_s is None else time.monotonic() + timeout_s
         while True:
             if timeout_s != self._timeout_s:

@@ -47,6 +47,7 @@ if TYPE_CHECKING:  # torch takes a second or two to import, and the leader wants
 
 _log = logging.getLogger(__name__)
 
+_SPIN_S = 50e-6  # after a step, for the next: as long as a sleeping processor takes to wake
 _EXIT_GRACE_S = 2.0  # for the thread of the steps to end by itself once the leader is gone
 _ENDING_S = 0.05  # between the first and the last rank that the end of their group reaches
 _LAST_WORDS_S = 1.0  # for the leader to read why a shard fails
@@ -118,6 +119,7 @@ class _ShardWorker:
         self._connections: Connections | None = None
         self._shard: RunsSteps | None = None
         self._answers = False
+        self._spin_s = 0.0
         self._collector: _Collector | None = None
         self._offers: dict[str, bytes] = {}
         self._leader_gone = threading.Event()
@@ -185,7 +187,7 @@ class _ShardWorker:
     def _obey(self) -> None:
         while True:
             try:
-                message = decode_to_shard(self._work.receive())
+                message = decode_to_shard(self._work.receive(spin_s=self._spin_s))
             except ConnectionLost:
                 return  # the leader ended the group; or its last bytes were rubbish, which ends it too
             if type(message) is Run:
@@ -229,9 +231,11 @@ class _ShardWorker:
     def _join(self, join: Join) -> None:
         layout = join.layout
         self._answers = layout.is_last_stage and layout.tp_rank == 0
-        num_sharers = join.machines.count(join.machines[self._rank])
+        num_sharers, num_cores = join.machines.count(join.machines[self._rank]), len(os.sched_getaffinity(0))
+        if num_sharers <= num_cores:  # else it would keep a core from a rank that has work
+            self._spin_s = _SPIN_S
         if join.worker.num_threads is None:
-            num_threads = max(1, len(os.sched_getaffinity(0)) // num_sharers)
+            num_threads = max(1, num_cores // num_sharers)
             join = msgspec.structs.replace(join, worker=replace(join.worker, num_threads=num_threads))
         self._shard = self._create_shard(join, lambda: self._connect_ranks(join))
         measure = None

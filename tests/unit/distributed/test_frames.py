@@ -77,6 +77,19 @@ def test_a_frame_is_there_or_not_without_waiting():
         assert far.try_receive() is None
 
 
+def test_who_looks_for_a_frame_before_sleeping_gets_it_in_either_case():
+    with create_pair() as (near, far):
+        near.send(b"at once")
+        assert bytes(far.receive(5.0, spin_s=5.0)) == b"at once"
+        threading.Timer(0.1, near.send, (b"later",)).start()
+        assert bytes(far.receive(5.0, spin_s=1e-3)) == b"later"
+        with pytest.raises(ReceiveTimeout):
+            far.receive(0.01, spin_s=0.01)
+        near.close()
+        with pytest.raises(ConnectionLost):
+            far.receive(5.0, spin_s=5.0)
+
+
 def test_frames_of_many_threads_do_not_mix():
     with create_pair() as (near, far):
         threads = [
