@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import itertools
+import logging
 import signal
 import threading
 from collections.abc import Callable, Iterator, Sequence
@@ -18,13 +19,17 @@ from cluster.checkpoint import resolve_checkpoint
 from cluster.core.config import SchedulerConfig
 from cluster.core.model_info import ModelInfo
 from cluster.core.request import SamplingParams
+from cluster.distributed.config import ParallelConfig, Size
 from cluster.engine.config import EngineConfig
 from cluster.engine.engine import Engine
 from cluster.errors import ConfigError, EngineFault, InvalidRequest
 from cluster.request_output import CandidateOutput, RequestOutput, RequestRun
 from cluster.text.tokenizer import Tokenizer
 from cluster.worker.config import WorkerConfig
-from cluster.worker.local_executor import LocalExecutor
+from cluster.worker.executors import create_executor
+from cluster.worker.group_size import decide_sizes
+
+logger = logging.getLogger(__name__)
 
 __all__ = ["LLM", "CandidateOutput", "RequestOutput", "SamplingParams"]
 
@@ -51,16 +56,19 @@ class LLM:
         max_model_len: int | None = None,
         kv_cache_bytes: int | None = None,
         num_threads: int | None = None,
+        tp: Size = 1,
+        pp: Size = 1,
         model_impl: Literal["auto", "cluster", "transformers"] = "auto",
         load_format: Literal["auto", "dummy"] = "auto",
     ) -> None:
-        """Loads the model.
+        """Loads the model. With ``tp`` or ``pp`` above 1 it is cut over as many processes, which end with this one.
 
         Args:
             model: "demo" (the embedded model), a Hugging Face directory, or a Hub id.
             device, dtype, weights, kv_cache_dtype, max_model_len, kv_cache_bytes, num_threads, model_impl, load_format:
                 as in WorkerConfig.
             max_num_seqs, max_num_batched_tokens: as in SchedulerConfig.
+            tp, pp: as in ParallelConfig.
 
         Raises:
             ConfigError: an argument is wrong, or the machine cannot hold the model.
@@ -84,13 +92,26 @@ class LLM:
                 max_num_batched_tokens=max_num_batched_tokens,
                 max_num_waiting=2**31 - 1,  # one caller, who waits for all of it: nothing to protect from
             )
+            parallel = ParallelConfig(tp=tp, pp=pp)
         except ConfigError as error:
             # In a file the field's path says which one it is; here the message has to.
             raise ConfigError(f"{error.field} {error.message}", field=error.field) from error
         _check_choices(worker)
         checkpoint = resolve_checkpoint(str(model))
         self._tokenizer = Tokenizer.from_checkpoint(checkpoint)
-        executor = LocalExecutor(checkpoint, worker, max_num_seqs, max_num_batched_tokens)
+        if "auto" in (tp, pp):
+            from cluster.worker.local_devices import local_devices  # it loads torch
+
+            parallel, reason = decide_sizes(
+                checkpoint,
+                worker,
+                parallel,
+                local_devices(worker),
+                max_num_seqs=max_num_seqs,
+                max_num_batched_tokens=max_num_batched_tokens,
+            )
+            logger.info("%s: %s", model, reason)
+        executor = create_executor(checkpoint, worker, parallel, max_num_seqs, max_num_batched_tokens)
         self._engine: Engine | None = Engine(executor, EngineConfig(scheduler=scheduler))
         self._submission_ids = itertools.count()
         self._lock = threading.Lock()

@@ -183,7 +183,7 @@ def _announce(cluster: Cluster, tree: ClusterConfig, as_json: bool) -> None:
         capacity = sum(int(f["kv_capacity_tokens"]) for f in cluster.replicas if f["model"] == model.name)
         lines += [
             f"model      {model.name}: {facts['architecture']}, context {facts['max_model_len']:,} tokens",
-            f"  runs on  {facts['device']} in {facts['dtype']}, {facts['backend']}",
+            f"  runs on  {facts['device']} in {facts['dtype']}, {facts['backend']}{_shards(facts)}",
             f"  KV cache {capacity:,} tokens in {model.replicas} replica{'s' if model.replicas > 1 else ''}",
         ]
     if cluster.dashboard_url:
@@ -191,6 +191,12 @@ def _announce(cluster: Cluster, tree: ClusterConfig, as_json: bool) -> None:
     settings = yaml.safe_dump(effective_config(tree), sort_keys=False, default_flow_style=None, width=100)
     lines += ["config", textwrap.indent(settings.rstrip(), "  ")]
     print_text("\n".join(lines) + "\n")
+
+
+def _shards(facts: dict[str, str | int]) -> str:
+    """How a replica is cut, where it is."""
+    tp_size, pp_size = facts["tp_size"], facts["pp_size"]
+    return "" if tp_size == pp_size == 1 else f", tp {tp_size} x pp {pp_size}"
 
 
 def _token_hint() -> str:

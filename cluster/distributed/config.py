@@ -31,7 +31,7 @@ class ParallelConfig:
     def __post_init__(self) -> None:
         for name in ("tp", "pp"):
             value = getattr(self, name)
-            require(value == "auto" or value >= 1, name, "must be at least 1, or auto")
+            require(value == "auto" or (isinstance(value, int) and value >= 1), name, "must be at least 1, or auto")
         for name in ("start_timeout_s", "step_timeout_s"):
             require(getattr(self, name) > 0, name, "must be positive")
 

@@ -18,7 +18,7 @@ from cluster.config import ClusterConfig, parse_config
 from cluster.errors import ConfigError, EngineFault
 from cluster.serve.addresses import free_port, gateway_address
 from cluster.serve.local_ray import ACTOR_ENVIRONMENT, LOCAL_ADDRESS, LocalRay, quieten, signals_deferred
-from cluster.serve.placement import LOCAL_GATEWAY_CPUS, Resources, place_anywhere, place_locally
+from cluster.serve.placement import LOCAL_GATEWAY_CPUS, place_anywhere, place_locally
 from cluster.serve.preflight import check_machine
 from cluster.serve.startup_state import StartupState
 
@@ -45,11 +45,16 @@ def build(args: dict[str, Any]) -> Application:
         ConfigError: the tree is wrong.
     """
     from cluster.serve.application import create_application
+    from cluster.serve.auto_parallel import decide_models
+    from cluster.serve.ray_nodes import alive_nodes
 
     config = parse_config(args["config"])
+    models, reasons = decide_models(config.models, alive_nodes())
+    for reason in reasons:
+        logger.info(reason)
     return create_application(
         config,
-        place_anywhere(config.models, None),
+        place_anywhere(models, None),
         start_id=None,
         gateway_cpus=1,
         environment=ACTOR_ENVIRONMENT,
@@ -65,7 +70,7 @@ class Cluster:
         address: ``"host:port"`` of the gateway.
         dashboard_url: of a Ray of our own; None without a dashboard, or where Ray was there before.
         replicas: what each replica told of itself: model, dtype, device, kv_capacity_tokens, ...
-        notes: what turned out differently from what was asked.
+        notes: what turned out differently from what was asked, and what was decided where that was left open.
     """
 
     def __init__(self, config: ClusterConfig, on_progress: Callable[[Sequence[StartupState]], None]) -> None:
@@ -77,6 +82,7 @@ class Cluster:
         self._own = StartupState(actor="cluster")
         self._deployed = False
         self._owns_serve = False
+        self._reasons: list[str] = []
         self.address = ""
         self.replicas: list[dict[str, str | int]] = []
 
@@ -86,7 +92,7 @@ class Cluster:
 
     @property
     def notes(self) -> list[str]:
-        return self._ray.notes if self._ray else []
+        return [*(self._ray.notes if self._ray else []), *self._reasons]
 
     def start(self) -> None:
         """Returns when every replica is ready and the gateway serves; leaves nothing behind if that fails.
@@ -130,7 +136,7 @@ class Cluster:
     def _start(self) -> None:
         self._enter("starting Ray")
         with signals_deferred():  # half an import would be in the way of what ends the start
-            import ray
+            import ray  # noqa: F401
         if self._ray:
             self._ray.start()
         else:
@@ -138,24 +144,25 @@ class Cluster:
         from ray import serve
 
         from cluster.serve.application import create_application
+        from cluster.serve.auto_parallel import decide_models
+        from cluster.serve.ray_nodes import alive_nodes
         from cluster.serve.startup_report import await_startup
 
         quieten()
         self._enter("starting Serve")
-        nodes = [
-            Resources(num_cpus=node["Resources"].get("CPU", 0.0), num_gpus=node["Resources"].get("GPU", 0.0))
-            for node in ray.nodes()
-            if node["Alive"]
-        ]
+        nodes = alive_nodes()
+        models, reasons = decide_models(self._config.models, nodes)
+        self._reasons += reasons
+        resources = [node.resources for node in nodes]
         if self._ray:
-            placements, gateway_cpus = place_locally(self._config.models, nodes[0]), LOCAL_GATEWAY_CPUS
+            placements, gateway_cpus = place_locally(models, resources[0]), LOCAL_GATEWAY_CPUS
             if self._config.gateway.port == 0:
                 # Chosen here, so that a gateway that is built again takes the same.
                 gateway = replace(self._config.gateway, port=free_port(self._config.gateway.host))
                 self._config = replace(self._config, gateway=gateway)
         else:
             self._find_serve()
-            placements, gateway_cpus = place_anywhere(self._config.models, nodes), 1.0
+            placements, gateway_cpus = place_anywhere(models, resources), 1.0
         serve.start(proxy_location="Disabled")
         self._enter("starting gateway and replicas")
         await_startup(self._start_id)

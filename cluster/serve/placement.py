@@ -151,6 +151,13 @@ def check_fit(placements: Sequence[ReplicaPlacement], nodes: Sequence[Resources]
                 )
 
 
+def choose_device(model: ModelConfig, available_gpus: float) -> Literal["cpu", "cuda"]:
+    """Where the model runs. A shard without a reservation sees no GPU, so this is decided before there is one."""
+    if model.worker.device == "auto":
+        return "cpu" if model.num_gpus == 0 or available_gpus < 1 else "cuda"
+    return model.worker.device
+
+
 def _num_shards(model: ModelConfig) -> int:
     tp, pp = model.parallel.sizes
     return tp * pp
@@ -158,10 +165,7 @@ def _num_shards(model: ModelConfig) -> int:
 
 def _place(model: ModelConfig, available_gpus: float, *, cpus: float) -> ReplicaPlacement:
     """The device decided; ``cpus`` for each process where the model does not say."""
-    device = model.worker.device
-    if device == "auto":
-        # A shard without a reservation sees no GPU, so the choice is made here.
-        device = "cpu" if model.num_gpus == 0 or available_gpus < 1 else "cuda"
+    device = choose_device(model, available_gpus)
     num_gpus = model.num_gpus if model.num_gpus is not None else float(device == "cuda")
     num_cpus = cpus if model.num_cpus is None else model.num_cpus
     return ReplicaPlacement(

@@ -76,6 +76,8 @@ class ModelReplica:
             device=info.device,
             kv_capacity_tokens=info.kv_capacity_tokens,
             backend=info.backend,
+            tp_size=info.tp_size,
+            pp_size=info.pp_size,
         )
         self._metrics = asyncio.create_task(self._export_metrics())
 
