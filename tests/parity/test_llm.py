@@ -367,3 +367,21 @@ def test_generation_loads_no_server(checkpoint: Path) -> None:
     )
     result = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
     assert result.stdout.split("\n")[1] == "[]"
+
+
+def test_a_group_of_shards_gives_the_same_tokens(checkpoint: Path, shared_llm: LLM):
+    expected = completions(shared_llm.generate(PROMPTS, GREEDY))
+    with LLM(checkpoint, device="cpu", dtype="float32", max_num_seqs=3, kv_cache_bytes=2**20, tp=2) as llm:
+        assert (llm.model.tp_size, llm.model.pp_size) == (2, 1)
+        assert completions(llm.generate(PROMPTS, GREEDY)) == expected
+
+
+def test_auto_is_one_shard_where_one_holds_the_model(checkpoint: Path):
+    with LLM(checkpoint, device="cpu", kv_cache_bytes=2**20, tp="auto", pp="auto") as llm:
+        assert (llm.model.tp_size, llm.model.pp_size) == (1, 1)
+
+
+@pytest.mark.parametrize("size", [0, "two", 1.5])
+def test_a_size_that_is_none_is_told(checkpoint: Path, size: object):
+    with pytest.raises(ConfigError, match="pp must be at least 1, or auto"):
+        LLM(checkpoint, pp=size)

@@ -39,6 +39,7 @@ def test_version():
         ["generate", "x", "--top-p", "0"],
         ["generate", "x", "--logprobs", "2"],
         ["models", "x"],
+        ["serve", "demo", "--tp", "two"],
     ],
 )
 def test_wrong_usage_is_2(args):

@@ -404,6 +404,16 @@ async def test_an_idle_engine_is_not_stepped(cluster: Cluster):
     assert cluster.engine.num_steps == 6 and len(cluster.engine.threads) == 1
 
 
+async def test_an_idle_engine_whose_model_is_lost_ends(cluster: Cluster):
+    async with cluster.connect() as stream:
+        await stream.greet()
+        cluster.server.lose(EngineFault("rank 1 was killed"))
+        await stream.read_until(lambda frame: frame.load.draining)
+        assert [fault.message for fault in cluster.faults] == ["rank 1 was killed"]
+        assert await asyncio.to_thread(cluster.engine.is_shut_down.wait, 10)
+        assert cluster.engine.num_steps == 0
+
+
 async def test_what_the_engine_cannot_load_stops_the_start():
     def create_engine() -> StepwiseEngine:
         raise CheckpointError("model.safetensors lacks lm_head.weight")
