@@ -186,6 +186,7 @@ class GroupWatch:
                     raise ConnectionLost(f"it sent {type(message).__name__} out of turn")
         except ConnectionLost as error:
             if not self._is_ending:
+                self._hang_up()  # at once; why it is gone takes a moment to find out
                 self.lose(GroupLost(f"{member} is gone: {self._cause(member, error)}", (member.rank,)))
 
     def _hear_failure(self, member: Member, failed: Failed) -> None:
