@@ -43,7 +43,7 @@ class ShmCommunicator:
     """A Communicator over one shared segment of memory; see ``kernels/cpu/src/collective.c``.
 
     ``all_reduce_`` takes float32, bfloat16 and float16 (summed in float32, rounded once), all else any dtype. ``send``
-    buffers up to half a megabyte per pair of ranks. Every op waits ``timeout_s`` at most for ranks that do not come;
+    buffers up to a mebibyte divided by the ranks. Every op waits ``timeout_s`` at most for ranks that do not come;
     then the group is of no use any more, on all ranks. Ops can be recorded in programs (``kernels/cpu/program.py``):
     there they return without a word when they fail, and ``check`` raises.
     """

@@ -197,10 +197,10 @@ def test_a_rank_that_joins_twice_is_told():
 
 def test_a_sender_does_not_wait_for_what_fits_the_buffer(create_group):
     group = create_group(2, timeout_s=SHORT_S)
-    group.start(send_to, 1, [1000] * 100, ranks=[0])
+    group.start(send_to, 1, [10_000] * 10, ranks=[0])
     assert not isinstance(group.results([0])[0], Raised)
-    for _ in range(100):
-        group.start(recv_from, 0, 1000, ranks=[1])
+    for _ in range(10):
+        group.start(recv_from, 0, 10_000, ranks=[1])
         assert group.results([1]) == {1: None}
 
 

@@ -1,8 +1,9 @@
 /* Collectives between processes that map one segment of shared memory.
  *
- * Every collective is a sequence of phases. In a phase each rank writes into its slot, posts the phase's number and waits
- * until all have posted theirs; then everybody reads. A rank has two slots and takes turns: when it writes into one
- * again, all ranks have posted the phase in between, and so have done with reading it. One meeting per phase suffices.
+ * Every collective is a sequence of phases. In a phase each rank writes into its slot, posts the phase's number and
+ * waits until all have posted theirs; then everybody reads. A rank has two slots and takes turns: when it writes into
+ * one again, all ranks have posted the phase in between, and so have done with reading it. One meeting per phase
+ * suffices.
  *
  * Sums run over the ranks in their order, element by element, so they have the same bits on every rank, for every size.
  *
@@ -27,9 +28,9 @@
 
 #define LINE 64
 #define MAX_RANKS 32
-#define SLOT_BYTES (256 << 10)
-#define RING_BYTES (512 << 10) /* a power of two */
-#define RING_STEP (64 << 10)   /* published at once: the receiver reads while the sender writes on */
+#define SLOT_BYTES (128 << 10)
+#define RINGS_BYTES (1 << 20) /* of all the rings into one rank, about; a power of two */
+#define RING_STEPS 8          /* to fill a ring: the receiver reads while the sender writes on */
 #define SCATTER_BYTES (32 << 10) /* from here on three ranks and more sum a part each */
 
 #define SPINS 50          /* pauses, less than a microsecond: the one that is waited for may need this very core */
@@ -62,10 +63,10 @@ typedef struct {
 /* A stream of bytes from one rank to another. */
 typedef struct {
     flag written, read; /* bytes so far */
-    _Alignas(LINE) char bytes[RING_BYTES];
+    char bytes[];       /* ring_bytes() */
 } ring;
 
-/* The segment, all zeros at first. Behind it lie the slots, [size][2][SLOT_BYTES], and the rings, [size][size]. */
+/* The segment, all zeros at first. Behind it lie the slots, [size][2][SLOT_BYTES], and the rings, [from][to]. */
 typedef struct {
     _Atomic uint64_t failure; /* 0: none; kind, rank that found it << 8, mask of the ranks that it is about << 32 */
     _Alignas(LINE) _Atomic uint64_t identity;
@@ -83,12 +84,21 @@ static char *slot_of(const member *m, int64_t rank, uint32_t phase) {
     return (char *)(m->shared + 1) + (rank * 2 + (phase & 1)) * SLOT_BYTES;
 }
 
+/* A power of two. */
+static uint32_t ring_bytes(int64_t size) {
+    uint32_t bytes = RINGS_BYTES;
+    for (int64_t ranks = 1; ranks < size; ranks *= 2) bytes /= 2;
+    return bytes;
+}
+
 static ring *ring_of(const member *m, int64_t from, int64_t to) {
-    return (ring *)((char *)(m->shared + 1) + m->size * 2 * SLOT_BYTES) + from * m->size + to;
+    int64_t stride = (int64_t)sizeof(ring) + ring_bytes(m->size);
+    return (ring *)((char *)(m->shared + 1) + m->size * 2 * SLOT_BYTES + (from * m->size + to) * stride);
 }
 
 void OP(segment_bytes)(int64_t size, int64_t *num_bytes) {
-    *num_bytes = (int64_t)sizeof(segment) + size * 2 * SLOT_BYTES + size * size * (int64_t)sizeof(ring);
+    int64_t slots = size * 2 * SLOT_BYTES, rings = size * size * ((int64_t)sizeof(ring) + ring_bytes(size));
+    *num_bytes = (int64_t)sizeof(segment) + slots + rings;
 }
 
 /* --- waiting --- */
@@ -265,7 +275,7 @@ INLINE void sum_typed(const char *const *terms, int64_t num_terms, int64_t count
     }
 }
 
-/* out[i] = x of rank 0 [first + i] + x of rank 1 [first + i] + ..., in float32, rounded once. Others' lie in their slots. */
+/* out[i] = rank 0's x[first + i] + rank 1's x[first + i] + ..., in float32, rounded once; others' are in their slots. */
 static void sum_ranks(const member *m, uint32_t phase, const char *x, int64_t first, int64_t count, char *out,
                       int64_t type) {
     const char *terms[MAX_RANKS];
@@ -377,16 +387,17 @@ void OP(barrier_replay)(const cell *a) { OP(barrier)(a[0].p); }
 
 static bool push(const member *m, int64_t to, const char *from, int64_t size) {
     ring *r = ring_of(m, m->rank, to);
+    uint32_t capacity = ring_bytes(m->size);
     while (size > 0) {
         uint32_t written = atomic_load_explicit(&r->written.value, memory_order_relaxed);
-        uint32_t wanted = (uint32_t)min_i64(size, RING_STEP);
+        uint32_t wanted = (uint32_t)min_i64(size, capacity / RING_STEPS);
         int64_t start = 0;
         if (has_failed(m)) return false;
-        if (!wait_for(m, &r->read, written + wanted - RING_BYTES, &start)) {
+        if (!wait_for(m, &r->read, written + wanted - capacity, &start)) {
             fail(m, LATE, 1ull << to);
             return false;
         }
-        uint32_t at = written % RING_BYTES, whole = (uint32_t)min_i64(wanted, RING_BYTES - at);
+        uint32_t at = written % capacity, whole = (uint32_t)min_i64(wanted, capacity - at);
         memcpy(r->bytes + at, from, whole);
         memcpy(r->bytes, from + whole, wanted - whole);
         raise_flag(&r->written, written + wanted);
@@ -397,16 +408,17 @@ static bool push(const member *m, int64_t to, const char *from, int64_t size) {
 
 static bool pull(const member *m, int64_t from, char *to, int64_t size) {
     ring *r = ring_of(m, from, m->rank);
+    uint32_t capacity = ring_bytes(m->size);
     while (size > 0) {
         uint32_t read = atomic_load_explicit(&r->read.value, memory_order_relaxed);
-        uint32_t wanted = (uint32_t)min_i64(size, RING_STEP);
+        uint32_t wanted = (uint32_t)min_i64(size, capacity / RING_STEPS);
         int64_t start = 0;
         if (has_failed(m)) return false;
         if (!wait_for(m, &r->written, read + wanted, &start)) {
             fail(m, LATE, 1ull << from);
             return false;
         }
-        uint32_t at = read % RING_BYTES, whole = (uint32_t)min_i64(wanted, RING_BYTES - at);
+        uint32_t at = read % capacity, whole = (uint32_t)min_i64(wanted, capacity - at);
         memcpy(to, r->bytes + at, whole);
         memcpy(to + whole, r->bytes, wanted - whole);
         raise_flag(&r->read, read + wanted);
@@ -415,7 +427,7 @@ static bool pull(const member *m, int64_t from, char *to, int64_t size) {
     return true;
 }
 
-/* Every message opens with its size. Returns when all of it lies in the ring: earlier than it is received, if it fits. */
+/* Every message opens with its size. Returns when all of it lies in the ring: before it is received, if it fits. */
 void OP(send)(const member *m, const char *x, int64_t size, int64_t to) {
     if (m->shared != NULL && push(m, to, (const char *)&size, sizeof size)) push(m, to, x, size);
 }
