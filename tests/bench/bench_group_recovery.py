@@ -17,6 +17,7 @@ import subprocess
 import sys
 import threading
 import time
+from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -31,6 +32,7 @@ from cluster.errors import ClusterError
 _TITLES = ("ray::Shard:", "ray::ServeReplica:cluster:model-")
 _LONG = SamplingParams(max_tokens=900, ignore_eos=True)
 _LOOK_S = 0.002
+_CALL_S = 0.05  # between calls; more of them would take the cores that the new group needs
 _TIMEOUT_S = 120.0
 
 
@@ -51,12 +53,12 @@ def lives(process: psutil.Process) -> bool:
         return False
 
 
-def wait(condition: Any, began: float) -> float:
+def wait(condition: Callable[[], bool], began: float, look_s: float = _LOOK_S) -> float:
     """Seconds from ``began`` until ``condition`` holds."""
     while not condition():
         if time.monotonic() - began > _TIMEOUT_S:
             raise TimeoutError(f"nothing within {_TIMEOUT_S:g} s")
-        time.sleep(_LOOK_S)
+        time.sleep(look_s)
     return time.monotonic() - began
 
 
@@ -94,7 +96,7 @@ def kill_one(server: psutil.Process, address: str, number: int, *, size: int, nu
         victim.send_signal(signal.SIGKILL)
         stop.set()
         gone_s = wait(lambda: not any(lives(process) for process in processes), began)
-        serving_s = wait(lambda: serves(client), began)
+        serving_s = wait(lambda: serves(client), began, _CALL_S)
         for stream in streams:
             stream.join()
     return {"killed": title, "gone_s": round(gone_s, 3), "serving_s": round(serving_s, 2)}
@@ -112,9 +114,7 @@ def main() -> None:
     parser.add_argument("--streams", type=int, default=8)
     options = parser.parse_args()
     command = [Path(sys.executable).with_name("cluster"), "serve", "--tp", str(options.tp), "--pp", str(options.pp)]
-    server = subprocess.Popen(
-        [*command, "--port", "0", "--no-dashboard", "--json"], stdout=subprocess.PIPE, stderr=subprocess.DEVNULL
-    )
+    server = subprocess.Popen([*command, "--port", "0", "--no-dashboard", "--json"], stdout=subprocess.PIPE)
     size = options.tp * options.pp + 1
     try:
         address = json.loads(server.stdout.readline())["address"]
