@@ -45,11 +45,12 @@ def build(args: dict[str, Any]) -> Application:
         ConfigError: the tree is wrong.
     """
     from cluster.serve.application import create_application
-    from cluster.serve.auto_parallel import decide_models
+    from cluster.serve.auto_parallel import decide_models, is_open
     from cluster.serve.ray_nodes import alive_nodes
 
     config = parse_config(args["config"])
-    models, reasons = decide_models(config.models, alive_nodes())
+    # Without need Ray is not asked: an application can be built, and looked at, where none runs.
+    models, reasons = decide_models(config.models, alive_nodes() if any(map(is_open, config.models)) else ())
     for reason in reasons:
         logger.info(reason)
     return create_application(

@@ -14,6 +14,11 @@ from cluster.serve.ray_nodes import RayNode
 from cluster.worker.group_size import decide_sizes
 
 
+def is_open(model: ModelConfig) -> bool:
+    """Whether the number of its shards is left to the devices."""
+    return "auto" in (model.parallel.tp, model.parallel.pp)
+
+
 def decide_models(models: Sequence[ModelConfig], nodes: Sequence[RayNode]) -> tuple[tuple[ModelConfig, ...], list[str]]:
     """The models with numbers for their sizes, and why, a sentence for each that had none.
 
@@ -23,7 +28,7 @@ def decide_models(models: Sequence[ModelConfig], nodes: Sequence[RayNode]) -> tu
     """
     decided, reasons = [], []
     for model in models:
-        if "auto" in (model.parallel.tp, model.parallel.pp):
+        if is_open(model):
             try:
                 model, reason = _decide(model, nodes)
             except ConfigError as error:
