@@ -242,7 +242,10 @@ class _ShardWorker:
         if layout.pp_size > 1:
             device, device_bytes, free_bytes = measure_memory(join.worker, num_sharers)
             times = self._shard.measure()
-            measure = RankMeasure(times=times, device=device, device_bytes=device_bytes, free_bytes=free_bytes)
+            machine = join.machines[self._rank] if device == "cpu" else ""
+            measure = RankMeasure(
+                times=times, device=device, device_bytes=device_bytes, free_bytes=free_bytes, machine=machine
+            )
         self._work.send(encode(Joined(measure=measure)))
 
     def _connect_ranks(self, join: Join) -> Connections:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import logging
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from cluster.core.devices import DeviceKind
@@ -28,12 +28,15 @@ class RankMeasure:
         device: what it runs on.
         device_bytes: of the whole device, or machine.
         free_bytes: that the rank may take of them; of a machine's memory, its part.
+        machine: whose CPU it is: ranks that share it are alike, and what sets their times apart is noise; empty: the
+            device is the rank's own.
     """
 
     times: StageTimes
     device: DeviceKind
     device_bytes: int
     free_bytes: int
+    machine: str = ""
 
 
 def measure_memory(config: WorkerConfig, num_sharers: int) -> tuple[DeviceKind, int, int]:
@@ -76,6 +79,7 @@ def choose_layers(
     num_layers = values.get("num_hidden_layers")
     if not isinstance(num_layers, int):
         raise CheckpointError(f"{checkpoint / 'config.json'}: num_hidden_layers is {num_layers!r}, not a whole number")
+    measures = [replace(measure, times=_steady_times(measure, measures)) for measure in measures]
     stages = [measures[first : first + tp_size] for first in range(0, len(measures), tp_size)]
     # A stage is as slow as the slowest of its shards, which wait for each other.
     times = [
@@ -105,6 +109,16 @@ def choose_layers(
             break
     _log.info("layers that fit the stages: %s", max_layers)
     return split_layers(num_layers, times, max_layers)
+
+
+def _steady_times(measure: RankMeasure, measures: Sequence[RankMeasure]) -> StageTimes:
+    """The rank's own, or the best of those that it shares a machine with: noise makes times longer, not shorter."""
+    alike = [each.times for each in measures if measure.machine and each.machine == measure.machine] or [measure.times]
+    return StageTimes(
+        layer_s=min(times.layer_s for times in alike),
+        embedding_s=min(times.embedding_s for times in alike),
+        head_s=min(times.head_s for times in alike),
+    )
 
 
 def _max_layers(

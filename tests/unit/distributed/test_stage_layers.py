@@ -1,4 +1,5 @@
 import json
+from dataclasses import replace
 from itertools import pairwise
 from pathlib import Path
 
@@ -49,6 +50,13 @@ def test_layers_follow_the_times(tmp_path):
 def test_a_stage_is_as_slow_as_its_slowest_shard(tmp_path):
     measures = [create_measure(1.0), create_measure(1.0), create_measure(1.0), create_measure(2.0)]
     assert choose(tmp_path, measures, tp_size=2) == [8, 4]
+
+
+def test_ranks_of_one_machine_are_alike(tmp_path):
+    slow, fast = create_measure(layer_s=3.0), create_measure(layer_s=1.0)
+    assert choose(tmp_path, [slow, fast]) != choose(tmp_path, [fast, fast])
+    shared = [replace(measure, machine="here") for measure in (slow, fast)]
+    assert choose(tmp_path, shared) == choose(tmp_path, [fast, fast])
 
 
 @pytest.mark.parametrize("device", ["cpu", "cuda"])
