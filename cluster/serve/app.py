@@ -17,7 +17,14 @@ from grpc_health.v1 import health_pb2, health_pb2_grpc
 from cluster.config import ClusterConfig, parse_config
 from cluster.errors import ConfigError, EngineFault
 from cluster.serve.addresses import free_port, gateway_address
-from cluster.serve.local_ray import ACTOR_ENVIRONMENT, LOCAL_ADDRESS, LocalRay, quieten, signals_deferred
+from cluster.serve.local_ray import (
+    ACTOR_ENVIRONMENT,
+    LOCAL_ADDRESS,
+    LocalRay,
+    quieten,
+    signals_deferred,
+    stop_error_printer,
+)
 from cluster.serve.placement import LOCAL_GATEWAY_CPUS, place_anywhere, place_locally
 from cluster.serve.preflight import check_machine
 from cluster.serve.startup_state import StartupState
@@ -196,6 +203,7 @@ class Cluster:
             raise ConfigError(
                 f"no Ray to join at {address!r}: {' '.join(str(error).split())}", field="ray.address"
             ) from error
+        stop_error_printer()
 
     def _find_serve(self) -> None:
         """Serve may run on that Ray already; its applications are not ours to replace."""

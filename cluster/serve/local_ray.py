@@ -88,6 +88,7 @@ class LocalRay:
             raise EngineFault(f"Ray could not start: {' '.join(str(error).split())}") from error
         finally:
             signal.signal(signal.SIGTERM, on_sigterm)  # ray.init takes it
+        stop_error_printer()
         if self._config.dashboard:
             self.dashboard_url = f"http://{context.dashboard_url}"
 
@@ -171,6 +172,17 @@ def _interrupt_deferred() -> Iterator[None]:
     finally:
         signal.signal(signal.SIGINT, handler)
         signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGINT})
+
+
+def stop_error_printer() -> None:
+    """Ray prints the death of every worker on standard output. That is ours, and others read it; where nobody does, a
+    full pipe would keep Ray from shutting down. What there is to tell, our own messages tell.
+    """
+    import ray
+
+    worker = ray._private.worker.global_worker
+    worker.threads_stopped.set()
+    worker.gcs_error_subscriber.close()
 
 
 def quieten() -> None:

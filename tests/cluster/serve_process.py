@@ -126,6 +126,10 @@ class ServeProcess:
         self._killer.cancel()
         return written
 
+    def read_rest(self) -> str:
+        """What it has written to standard output since; once it has ended."""
+        return self._process.stdout.read()
+
     def wait_ready(self) -> ServeProcess:
         for name in ("ready", "self_test"):
             line = self._process.stdout.readline()

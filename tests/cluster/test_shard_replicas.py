@@ -43,6 +43,7 @@ def cluster(serve: Callable[..., ServeProcess], tmp_path_factory: pytest.TempPat
     process.interrupt(signal.SIGINT)
     assert process.wait() == 0, process.stderr
     process.assert_no_trace()
+    assert process.read_rest() == "", "the deaths of processes are no result of the command"
 
 
 @pytest.fixture
