@@ -23,8 +23,10 @@ def test_the_package_alone_loads_nothing_heavy() -> None:
     assert loaded_after("from cluster import SamplingParams; SamplingParams()", *heavy) == set()
 
 
-def test_the_in_process_api_loads_torch_and_no_server() -> None:
-    assert loaded_after("from cluster import LLM", "torch", "ray", "grpc", "transformers") == {"torch"}
+def test_the_in_process_api_loads_no_server() -> None:
+    """Nor torch: where the model is cut into shards, only they need it."""
+    assert loaded_after("from cluster import LLM", "torch", "ray", "grpc", "transformers") == set()
+    assert loaded_after("import cluster.worker.local_executor", "torch", "ray", "grpc") == {"torch"}
 
 
 def test_names_are_the_modules_own() -> None:

@@ -180,7 +180,11 @@ async def test_what_a_replica_refuses(create_setup: CreateSetup, reason: str, co
     assert (refusal.retry_after_s is not None) == (reason in ("OVERLOADED", "DRAINING"))
 
 
-@pytest.mark.parametrize("error_class", errors._subclasses(errors.ClusterError))
+# Classes that declare a reason: those below them cross the wire as one of these.
+TAXONOMY = [cls for cls in errors._subclasses(errors.ClusterError) if "reason" in vars(cls)]
+
+
+@pytest.mark.parametrize("error_class", TAXONOMY)
 def test_every_error_has_a_status(error_class: type[errors.ClusterError]) -> None:
     error = error_class("what and why", field="some.field", retry_after_s=1.5)
     status = status_of(error)
