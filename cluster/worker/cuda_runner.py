@@ -31,7 +31,7 @@ from cluster.worker.host_blocks import HostBlocks
 from cluster.worker.input_batch import InputBatch, SequenceState, StepArrays
 from cluster.worker.model_runner import NOT_FINITE
 from cluster.worker.peers import Peers
-from cluster.worker.pending_tokens import Arrival, PendingTokens
+from cluster.worker.pending_tokens import Arrival, PendingTokens, hold_places
 from cluster.worker.split_vocabulary import SplitVocabulary
 
 _ALONE = Peers()
@@ -114,7 +114,7 @@ class CudaRunner:
         computed = self._forward(arrays)
         if not self._model.is_last_stage:
             self._peers.hand_on(cast("Streams", computed))
-            self._expect(step)
+            hold_places(step, self._batch, self._pending)
         rows = arrays.sampling_rows
         if not rows or not self._model.is_last_stage:
             return self._collector(step, parking_s, forward_s=time.perf_counter() - began)
@@ -188,15 +188,6 @@ class CudaRunner:
             places = [(arrival.state.row, arrival.position, arrival.token_id) for arrival in arrivals]
             ((rows_A, positions_A, ids_A),) = to_device((np.array(places).T,), self._device)
             self._tokens_NL.index_put_((rows_A, positions_A), ids_A.int())
-
-    def _expect(self, step: StepInput) -> None:
-        """Holds the places of tokens that the last stage draws."""
-        states = [self._batch.state(share.sequence_id) for share in step.scheduled if share.samples]
-        if self._pending is not None and states:
-            self._pending.expect(step.step_id, states)
-        else:  # a stage that never reads ids
-            for state in states:
-                self._batch.append(state, 0)
 
     def _empty_streams(self, num_tokens: int) -> Streams:
         shape = num_tokens, self._model.hidden_size

@@ -28,7 +28,7 @@ from cluster.worker.decode_programs import DecodePrograms
 from cluster.worker.host_blocks import HostBlocks
 from cluster.worker.input_batch import InputBatch, SequenceState, StepArrays
 from cluster.worker.peers import Peers
-from cluster.worker.pending_tokens import PendingTokens
+from cluster.worker.pending_tokens import PendingTokens, hold_places
 from cluster.worker.sampler import sample
 from cluster.worker.split_vocabulary import Sample, SplitSampler, SplitVocabulary, torch_peaks
 
@@ -102,7 +102,7 @@ class ModelRunner:
         )
         if not self._model.is_last_stage:
             self._peers.hand_on(cast("Streams", computed))
-            self._expect(step)
+            hold_places(step, self._batch, self._pending)
         elif computed is not None:
             began = time.perf_counter()
             tokens = self._sample(cast("Tensor", computed), arrays.sampling_rows)
@@ -157,15 +157,6 @@ class ModelRunner:
             dtype=self._dtype,
         )
         return self._model(input_ids_T if streams is None else streams, positions_T, attn, self._kv_caches)
-
-    def _expect(self, step: StepInput) -> None:
-        """Holds the places of tokens that the last stage draws."""
-        states = [self._batch.state(share.sequence_id) for share in step.scheduled if share.samples]
-        if self._pending is not None and states:
-            self._pending.expect(step.step_id, states)
-        else:  # a stage that never reads ids
-            for state in states:
-                self._batch.append(state, 0)
 
     def _take_in(
         self,

@@ -6,7 +6,7 @@ from collections import deque
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
-from cluster.core.step import ScheduledSequence
+from cluster.core.step import ScheduledSequence, StepInput
 from cluster.worker.input_batch import InputBatch, SequenceState
 from cluster.worker.token_feed import TokenSource
 
@@ -66,3 +66,17 @@ class PendingTokens:
         for arrival in arrivals:
             arrival.state.token_ids[arrival.position] = arrival.token_id
         return arrivals
+
+
+def hold_places(step: StepInput, batch: InputBatch, pending: PendingTokens | None) -> None:
+    """Of the tokens that the last stage draws in this step, on a stage that does not.
+
+    Args:
+        pending: brings the ids later; None: this stage never reads them.
+    """
+    states = [batch.state(share.sequence_id) for share in step.scheduled if share.samples]
+    if pending is not None and states:
+        pending.expect(step.step_id, states)
+    else:
+        for state in states:
+            batch.append(state, 0)
