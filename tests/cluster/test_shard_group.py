@@ -131,7 +131,7 @@ class TestStart:
             json.dumps({"num_hidden_layers": 9, "architectures": ["NoneForCausalLM"]})
         )
         with running(1, 2, checkpoint=tmp_path) as executor:
-            # The second stage takes twice as long for a layer.
+            # The head, on the second stage, takes as long as three layers.
             assert executor.model.architecture == "layers (6, 9)"
             assert executor.max_in_flight == 3
             for step_id in range(3):
