@@ -10,7 +10,7 @@ from cluster.v1 import inference_pb2 as pb
 
 SERVICE = pb.DESCRIPTOR.services_by_name["InferenceService"].full_name  # the gateway's health goes by it, too
 ERROR_DOMAIN = "cluster.v1"  # of ErrorInfo; other domains' reasons are not ours
-PROTOCOL_VERSION = 1  # of the stream between gateway and replica
+PROTOCOL_VERSION = 2  # of the stream between gateway and replica
 SECRET_KEY = "cluster-secret"  # metadata of that stream
 
 _PRIORITY_TO_PROTO = {

@@ -10,6 +10,7 @@ from collections.abc import Callable, Sequence
 import grpc
 
 from cluster.v1 import inference_pb2, replica_pb2, replica_pb2_grpc
+from cluster.wire import PROTOCOL_VERSION
 
 SECRET = "test-secret"
 EOS = 256
@@ -73,7 +74,7 @@ class FakeReplica(replica_pb2_grpc.ReplicaServiceServicer):
         secret: str = SECRET,
         max_model_len: int = 512,
         vocab_size: int = VOCAB_SIZE,
-        protocol_version: int = 1,
+        protocol_version: int = PROTOCOL_VERSION,
         tokens_per_step: int = 1,
         step_s: float = 0.0,
         gated: bool = False,

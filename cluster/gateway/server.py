@@ -19,6 +19,7 @@ from cluster.gateway.config import GatewayConfig
 from cluster.gateway.generation_table import GenerationTable
 from cluster.gateway.interceptors import StatusInterceptor
 from cluster.gateway.replica_link import ReplicaAddress
+from cluster.gateway.request_path import RequestPath
 from cluster.gateway.servicer import InferenceServicer
 from cluster.observability.metrics import MetricSink, NullSink
 from cluster.text.tokenizer import Tokenizer
@@ -91,7 +92,8 @@ class Gateway:
             )
             for model, tokenizer in zip(self._models, tokenizers, strict=True)
         )
-        servicer = InferenceServicer(self._config, self._catalog, self._table, self._metrics)
+        path = RequestPath(self._config, self._catalog, self._table, self._metrics)
+        servicer = InferenceServicer(self._config, self._catalog, self._table, path)
         inference_pb2_grpc.add_InferenceServiceServicer_to_server(servicer, server)
         health_pb2_grpc.add_HealthServicer_to_server(self._health, server)
         if self._reflects:

@@ -27,6 +27,7 @@ class ReplicaState(int, metaclass=_enum_type_wrapper.EnumTypeWrapper):
     REPLICA_STATE_CONNECTING: _ClassVar[ReplicaState]
     REPLICA_STATE_READY: _ClassVar[ReplicaState]
     REPLICA_STATE_DRAINING: _ClassVar[ReplicaState]
+    REPLICA_STATE_EJECTED: _ClassVar[ReplicaState]
 PRIORITY_UNSPECIFIED: Priority
 PRIORITY_P0: Priority
 PRIORITY_P1: Priority
@@ -39,6 +40,7 @@ REPLICA_STATE_UNSPECIFIED: ReplicaState
 REPLICA_STATE_CONNECTING: ReplicaState
 REPLICA_STATE_READY: ReplicaState
 REPLICA_STATE_DRAINING: ReplicaState
+REPLICA_STATE_EJECTED: ReplicaState
 
 class ContentPart(_message.Message):
     __slots__ = ("text", "image")
@@ -128,7 +130,7 @@ class SamplingParams(_message.Message):
     def __init__(self, temperature: _Optional[float] = ..., top_p: _Optional[float] = ..., top_k: _Optional[int] = ..., min_p: _Optional[float] = ..., max_tokens: _Optional[int] = ..., min_tokens: _Optional[int] = ..., stop: _Optional[_Iterable[str]] = ..., stop_token_ids: _Optional[_Iterable[int]] = ..., seed: _Optional[int] = ..., presence_penalty: _Optional[float] = ..., frequency_penalty: _Optional[float] = ..., repetition_penalty: _Optional[float] = ..., logprobs: _Optional[int] = ..., logit_bias: _Optional[_Mapping[int, float]] = ..., ignore_eos: _Optional[bool] = ..., n: _Optional[int] = ...) -> None: ...
 
 class GenerateRequest(_message.Message):
-    __slots__ = ("model", "request_id", "prompt", "token_ids", "chat", "sampling", "priority", "labels", "cache_salt")
+    __slots__ = ("model", "request_id", "prompt", "token_ids", "chat", "sampling", "priority", "labels", "cache_salt", "resume", "max_ttft_ms", "progress", "session_id")
     class LabelsEntry(_message.Message):
         __slots__ = ("key", "value")
         KEY_FIELD_NUMBER: _ClassVar[int]
@@ -145,6 +147,10 @@ class GenerateRequest(_message.Message):
     PRIORITY_FIELD_NUMBER: _ClassVar[int]
     LABELS_FIELD_NUMBER: _ClassVar[int]
     CACHE_SALT_FIELD_NUMBER: _ClassVar[int]
+    RESUME_FIELD_NUMBER: _ClassVar[int]
+    MAX_TTFT_MS_FIELD_NUMBER: _ClassVar[int]
+    PROGRESS_FIELD_NUMBER: _ClassVar[int]
+    SESSION_ID_FIELD_NUMBER: _ClassVar[int]
     model: str
     request_id: str
     prompt: str
@@ -154,7 +160,41 @@ class GenerateRequest(_message.Message):
     priority: Priority
     labels: _containers.ScalarMap[str, str]
     cache_salt: str
-    def __init__(self, model: _Optional[str] = ..., request_id: _Optional[str] = ..., prompt: _Optional[str] = ..., token_ids: _Optional[_Union[TokenIds, _Mapping]] = ..., chat: _Optional[_Union[ChatMessages, _Mapping]] = ..., sampling: _Optional[_Union[SamplingParams, _Mapping]] = ..., priority: _Optional[_Union[Priority, str]] = ..., labels: _Optional[_Mapping[str, str]] = ..., cache_salt: _Optional[str] = ...) -> None: ...
+    resume: Resume
+    max_ttft_ms: int
+    progress: bool
+    session_id: str
+    def __init__(self, model: _Optional[str] = ..., request_id: _Optional[str] = ..., prompt: _Optional[str] = ..., token_ids: _Optional[_Union[TokenIds, _Mapping]] = ..., chat: _Optional[_Union[ChatMessages, _Mapping]] = ..., sampling: _Optional[_Union[SamplingParams, _Mapping]] = ..., priority: _Optional[_Union[Priority, str]] = ..., labels: _Optional[_Mapping[str, str]] = ..., cache_salt: _Optional[str] = ..., resume: _Optional[_Union[Resume, _Mapping]] = ..., max_ttft_ms: _Optional[int] = ..., progress: _Optional[bool] = ..., session_id: _Optional[str] = ...) -> None: ...
+
+class Resume(_message.Message):
+    __slots__ = ("generation_id", "seed", "sequence", "candidates")
+    GENERATION_ID_FIELD_NUMBER: _ClassVar[int]
+    SEED_FIELD_NUMBER: _ClassVar[int]
+    SEQUENCE_FIELD_NUMBER: _ClassVar[int]
+    CANDIDATES_FIELD_NUMBER: _ClassVar[int]
+    generation_id: str
+    seed: int
+    sequence: int
+    candidates: _containers.RepeatedCompositeFieldContainer[ResumedCandidate]
+    def __init__(self, generation_id: _Optional[str] = ..., seed: _Optional[int] = ..., sequence: _Optional[int] = ..., candidates: _Optional[_Iterable[_Union[ResumedCandidate, _Mapping]]] = ...) -> None: ...
+
+class ResumedCandidate(_message.Message):
+    __slots__ = ("index", "token_ids", "finish_reason")
+    INDEX_FIELD_NUMBER: _ClassVar[int]
+    TOKEN_IDS_FIELD_NUMBER: _ClassVar[int]
+    FINISH_REASON_FIELD_NUMBER: _ClassVar[int]
+    index: int
+    token_ids: _containers.RepeatedScalarFieldContainer[int]
+    finish_reason: FinishReason
+    def __init__(self, index: _Optional[int] = ..., token_ids: _Optional[_Iterable[int]] = ..., finish_reason: _Optional[_Union[FinishReason, str]] = ...) -> None: ...
+
+class ResumeGenerationRequest(_message.Message):
+    __slots__ = ("request", "resume")
+    REQUEST_FIELD_NUMBER: _ClassVar[int]
+    RESUME_FIELD_NUMBER: _ClassVar[int]
+    request: GenerateRequest
+    resume: Resume
+    def __init__(self, request: _Optional[_Union[GenerateRequest, _Mapping]] = ..., resume: _Optional[_Union[Resume, _Mapping]] = ...) -> None: ...
 
 class TokenLogprob(_message.Message):
     __slots__ = ("token_id", "logprob")
@@ -183,7 +223,7 @@ class Usage(_message.Message):
     def __init__(self, prompt_tokens: _Optional[int] = ..., cached_tokens: _Optional[int] = ..., completion_tokens: _Optional[int] = ...) -> None: ...
 
 class GenerateChunk(_message.Message):
-    __slots__ = ("generation_id", "sequence", "candidate_index", "text_delta", "text_offset", "token_ids", "token_offset", "logprobs", "seed", "finish_reason", "usage")
+    __slots__ = ("generation_id", "sequence", "candidate_index", "text_delta", "text_offset", "token_ids", "token_offset", "logprobs", "seed", "finish_reason", "usage", "progress")
     GENERATION_ID_FIELD_NUMBER: _ClassVar[int]
     SEQUENCE_FIELD_NUMBER: _ClassVar[int]
     CANDIDATE_INDEX_FIELD_NUMBER: _ClassVar[int]
@@ -195,6 +235,7 @@ class GenerateChunk(_message.Message):
     SEED_FIELD_NUMBER: _ClassVar[int]
     FINISH_REASON_FIELD_NUMBER: _ClassVar[int]
     USAGE_FIELD_NUMBER: _ClassVar[int]
+    PROGRESS_FIELD_NUMBER: _ClassVar[int]
     generation_id: str
     sequence: int
     candidate_index: int
@@ -206,7 +247,52 @@ class GenerateChunk(_message.Message):
     seed: int
     finish_reason: FinishReason
     usage: Usage
-    def __init__(self, generation_id: _Optional[str] = ..., sequence: _Optional[int] = ..., candidate_index: _Optional[int] = ..., text_delta: _Optional[str] = ..., text_offset: _Optional[int] = ..., token_ids: _Optional[_Iterable[int]] = ..., token_offset: _Optional[int] = ..., logprobs: _Optional[_Iterable[_Union[PositionLogprobs, _Mapping]]] = ..., seed: _Optional[int] = ..., finish_reason: _Optional[_Union[FinishReason, str]] = ..., usage: _Optional[_Union[Usage, _Mapping]] = ...) -> None: ...
+    progress: Progress
+    def __init__(self, generation_id: _Optional[str] = ..., sequence: _Optional[int] = ..., candidate_index: _Optional[int] = ..., text_delta: _Optional[str] = ..., text_offset: _Optional[int] = ..., token_ids: _Optional[_Iterable[int]] = ..., token_offset: _Optional[int] = ..., logprobs: _Optional[_Iterable[_Union[PositionLogprobs, _Mapping]]] = ..., seed: _Optional[int] = ..., finish_reason: _Optional[_Union[FinishReason, str]] = ..., usage: _Optional[_Union[Usage, _Mapping]] = ..., progress: _Optional[_Union[Progress, _Mapping]] = ...) -> None: ...
+
+class Progress(_message.Message):
+    __slots__ = ("stage", "position", "eta_ms")
+    class Stage(int, metaclass=_enum_type_wrapper.EnumTypeWrapper):
+        __slots__ = ()
+        STAGE_UNSPECIFIED: _ClassVar[Progress.Stage]
+        STAGE_QUEUED: _ClassVar[Progress.Stage]
+        STAGE_WARMING: _ClassVar[Progress.Stage]
+        STAGE_MOVING: _ClassVar[Progress.Stage]
+    STAGE_UNSPECIFIED: Progress.Stage
+    STAGE_QUEUED: Progress.Stage
+    STAGE_WARMING: Progress.Stage
+    STAGE_MOVING: Progress.Stage
+    STAGE_FIELD_NUMBER: _ClassVar[int]
+    POSITION_FIELD_NUMBER: _ClassVar[int]
+    ETA_MS_FIELD_NUMBER: _ClassVar[int]
+    stage: Progress.Stage
+    position: int
+    eta_ms: int
+    def __init__(self, stage: _Optional[_Union[Progress.Stage, str]] = ..., position: _Optional[int] = ..., eta_ms: _Optional[int] = ...) -> None: ...
+
+class Ledger(_message.Message):
+    __slots__ = ("gateway_queue_ms", "queue_ms", "prefill_ms", "decode_ms", "preempted_ms", "num_preemptions", "num_moves", "cached_tokens", "replicas", "exact")
+    GATEWAY_QUEUE_MS_FIELD_NUMBER: _ClassVar[int]
+    QUEUE_MS_FIELD_NUMBER: _ClassVar[int]
+    PREFILL_MS_FIELD_NUMBER: _ClassVar[int]
+    DECODE_MS_FIELD_NUMBER: _ClassVar[int]
+    PREEMPTED_MS_FIELD_NUMBER: _ClassVar[int]
+    NUM_PREEMPTIONS_FIELD_NUMBER: _ClassVar[int]
+    NUM_MOVES_FIELD_NUMBER: _ClassVar[int]
+    CACHED_TOKENS_FIELD_NUMBER: _ClassVar[int]
+    REPLICAS_FIELD_NUMBER: _ClassVar[int]
+    EXACT_FIELD_NUMBER: _ClassVar[int]
+    gateway_queue_ms: int
+    queue_ms: int
+    prefill_ms: int
+    decode_ms: int
+    preempted_ms: int
+    num_preemptions: int
+    num_moves: int
+    cached_tokens: int
+    replicas: _containers.RepeatedScalarFieldContainer[str]
+    exact: bool
+    def __init__(self, gateway_queue_ms: _Optional[int] = ..., queue_ms: _Optional[int] = ..., prefill_ms: _Optional[int] = ..., decode_ms: _Optional[int] = ..., preempted_ms: _Optional[int] = ..., num_preemptions: _Optional[int] = ..., num_moves: _Optional[int] = ..., cached_tokens: _Optional[int] = ..., replicas: _Optional[_Iterable[str]] = ..., exact: _Optional[bool] = ...) -> None: ...
 
 class Candidate(_message.Message):
     __slots__ = ("index", "text", "token_ids", "logprobs", "finish_reason")
@@ -297,7 +383,7 @@ class Model(_message.Message):
     def __init__(self, name: _Optional[str] = ..., architecture: _Optional[str] = ..., max_model_len: _Optional[int] = ..., vocab_size: _Optional[int] = ..., dtype: _Optional[str] = ..., replicas: _Optional[_Iterable[_Union[ReplicaStatus, _Mapping]]] = ...) -> None: ...
 
 class ReplicaStatus(_message.Message):
-    __slots__ = ("replica_id", "state", "address", "running", "waiting", "outstanding_tokens", "kv_capacity_tokens", "kv_usage", "device")
+    __slots__ = ("replica_id", "state", "address", "running", "waiting", "outstanding_tokens", "kv_capacity_tokens", "kv_usage", "device", "group", "fingerprint")
     REPLICA_ID_FIELD_NUMBER: _ClassVar[int]
     STATE_FIELD_NUMBER: _ClassVar[int]
     ADDRESS_FIELD_NUMBER: _ClassVar[int]
@@ -307,6 +393,8 @@ class ReplicaStatus(_message.Message):
     KV_CAPACITY_TOKENS_FIELD_NUMBER: _ClassVar[int]
     KV_USAGE_FIELD_NUMBER: _ClassVar[int]
     DEVICE_FIELD_NUMBER: _ClassVar[int]
+    GROUP_FIELD_NUMBER: _ClassVar[int]
+    FINGERPRINT_FIELD_NUMBER: _ClassVar[int]
     replica_id: str
     state: ReplicaState
     address: str
@@ -316,4 +404,6 @@ class ReplicaStatus(_message.Message):
     kv_capacity_tokens: int
     kv_usage: float
     device: str
-    def __init__(self, replica_id: _Optional[str] = ..., state: _Optional[_Union[ReplicaState, str]] = ..., address: _Optional[str] = ..., running: _Optional[int] = ..., waiting: _Optional[int] = ..., outstanding_tokens: _Optional[int] = ..., kv_capacity_tokens: _Optional[int] = ..., kv_usage: _Optional[float] = ..., device: _Optional[str] = ...) -> None: ...
+    group: str
+    fingerprint: str
+    def __init__(self, replica_id: _Optional[str] = ..., state: _Optional[_Union[ReplicaState, str]] = ..., address: _Optional[str] = ..., running: _Optional[int] = ..., waiting: _Optional[int] = ..., outstanding_tokens: _Optional[int] = ..., kv_capacity_tokens: _Optional[int] = ..., kv_usage: _Optional[float] = ..., device: _Optional[str] = ..., group: _Optional[str] = ..., fingerprint: _Optional[str] = ...) -> None: ...

@@ -44,6 +44,11 @@ class InferenceServiceStub:
                 request_serializer=cluster_dot_v1_dot_inference__pb2.GenerateRequest.SerializeToString,
                 response_deserializer=cluster_dot_v1_dot_inference__pb2.GenerateChunk.FromString,
                 _registered_method=True)
+        self.ResumeGeneration = channel.unary_stream(
+                '/cluster.v1.InferenceService/ResumeGeneration',
+                request_serializer=cluster_dot_v1_dot_inference__pb2.ResumeGenerationRequest.SerializeToString,
+                response_deserializer=cluster_dot_v1_dot_inference__pb2.GenerateChunk.FromString,
+                _registered_method=True)
         self.CancelGeneration = channel.unary_unary(
                 '/cluster.v1.InferenceService/CancelGeneration',
                 request_serializer=cluster_dot_v1_dot_inference__pb2.CancelGenerationRequest.SerializeToString,
@@ -84,8 +89,16 @@ class InferenceServiceServicer:
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
+    def ResumeGeneration(self, request, context):
+        """Goes on with a stream that was cut off, at this gateway or at any other: needs what the client has had of it and
+        nothing from a gateway. GenerateStream with GenerateRequest.resume is the same.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
     def CancelGeneration(self, request, context):
-        """Ends a running generation. Its stream closes with CANCELLED within one engine step.
+        """Ends a running generation, on whatever gateway. Its stream closes with CANCELLED within one engine step.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
@@ -123,6 +136,11 @@ def add_InferenceServiceServicer_to_server(servicer, server):
             'GenerateStream': grpc.unary_stream_rpc_method_handler(
                     servicer.GenerateStream,
                     request_deserializer=cluster_dot_v1_dot_inference__pb2.GenerateRequest.FromString,
+                    response_serializer=cluster_dot_v1_dot_inference__pb2.GenerateChunk.SerializeToString,
+            ),
+            'ResumeGeneration': grpc.unary_stream_rpc_method_handler(
+                    servicer.ResumeGeneration,
+                    request_deserializer=cluster_dot_v1_dot_inference__pb2.ResumeGenerationRequest.FromString,
                     response_serializer=cluster_dot_v1_dot_inference__pb2.GenerateChunk.SerializeToString,
             ),
             'CancelGeneration': grpc.unary_unary_rpc_method_handler(
@@ -199,6 +217,33 @@ class InferenceService:
             target,
             '/cluster.v1.InferenceService/GenerateStream',
             cluster_dot_v1_dot_inference__pb2.GenerateRequest.SerializeToString,
+            cluster_dot_v1_dot_inference__pb2.GenerateChunk.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def ResumeGeneration(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_stream(
+            request,
+            target,
+            '/cluster.v1.InferenceService/ResumeGeneration',
+            cluster_dot_v1_dot_inference__pb2.ResumeGenerationRequest.SerializeToString,
             cluster_dot_v1_dot_inference__pb2.GenerateChunk.FromString,
             options,
             channel_credentials,

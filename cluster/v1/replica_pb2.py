@@ -25,7 +25,7 @@ _sym_db = _symbol_database.Default()
 from cluster.v1 import inference_pb2 as cluster_dot_v1_dot_inference__pb2
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x18\x63luster/v1/replica.proto\x12\ncluster.v1\x1a\x1a\x63luster/v1/inference.proto\"\x81\x01\n\x0cGatewayFrame\x12\'\n\x05hello\x18\x01 \x01(\x0b\x32\x18.cluster.v1.GatewayHello\x12#\n\x07submits\x18\x02 \x03(\x0b\x32\x12.cluster.v1.Submit\x12#\n\x07\x63\x61ncels\x18\x03 \x03(\x0b\x32\x12.cluster.v1.Cancel\"<\n\x0cGatewayHello\x12\x12\n\ngateway_id\x18\x01 \x01(\t\x12\x18\n\x10protocol_version\x18\x02 \x01(\r\"\xd9\x01\n\x06Submit\x12\n\n\x02id\x18\x01 \x01(\x04\x12\x18\n\x10prompt_token_ids\x18\x02 \x03(\r\x12,\n\x08sampling\x18\x03 \x01(\x0b\x32\x1a.cluster.v1.SamplingParams\x12&\n\x08priority\x18\x04 \x01(\x0e\x32\x14.cluster.v1.Priority\x12\x18\n\x0b\x64\x65\x61\x64line_ms\x18\x05 \x01(\x04H\x00\x88\x01\x01\x12\x15\n\rgeneration_id\x18\x06 \x01(\t\x12\x12\n\ncache_salt\x18\x07 \x01(\tB\x0e\n\x0c_deadline_ms\"F\n\x06\x43\x61ncel\x12\n\n\x02id\x18\x01 \x01(\x04\x12\x1c\n\x0f\x63\x61ndidate_index\x18\x02 \x01(\rH\x00\x88\x01\x01\x42\x12\n\x10_candidate_index\"\xad\x01\n\x0cReplicaFrame\x12\'\n\x05hello\x18\x01 \x01(\x0b\x32\x18.cluster.v1.ReplicaHello\x12%\n\x04load\x18\x02 \x01(\x0b\x32\x17.cluster.v1.ReplicaLoad\x12&\n\x06\x64\x65ltas\x18\x03 \x03(\x0b\x32\x16.cluster.v1.TokenDelta\x12%\n\x08\x66\x61ilures\x18\x04 \x03(\x0b\x32\x13.cluster.v1.Failure\"\xe0\x01\n\x0cReplicaHello\x12\x12\n\nreplica_id\x18\x01 \x01(\t\x12\r\n\x05model\x18\x02 \x01(\t\x12\x14\n\x0c\x61rchitecture\x18\x03 \x01(\t\x12\x15\n\rmax_model_len\x18\x04 \x01(\r\x12\x12\n\nvocab_size\x18\x05 \x01(\r\x12\r\n\x05\x64type\x18\x06 \x01(\t\x12\x0e\n\x06\x64\x65vice\x18\x07 \x01(\t\x12\x1a\n\x12kv_capacity_tokens\x18\x08 \x01(\x04\x12\x18\n\x10protocol_version\x18\t \x01(\r\x12\x17\n\x0f\x62\x61tch_invariant\x18\n \x01(\x08\"\x81\x01\n\x0bReplicaLoad\x12\x0f\n\x07running\x18\x01 \x01(\r\x12\x0f\n\x07waiting\x18\x02 \x01(\r\x12\x13\n\x0b\x66ree_blocks\x18\x03 \x01(\r\x12\x12\n\nnum_blocks\x18\x04 \x01(\r\x12\x15\n\rqueued_tokens\x18\x05 \x01(\x04\x12\x10\n\x08\x64raining\x18\x06 \x01(\x08\"\xbc\x01\n\nTokenDelta\x12\n\n\x02id\x18\x01 \x01(\x04\x12\x17\n\x0f\x63\x61ndidate_index\x18\x02 \x01(\r\x12\x11\n\ttoken_ids\x18\x03 \x03(\r\x12.\n\x08logprobs\x18\x04 \x03(\x0b\x32\x1c.cluster.v1.PositionLogprobs\x12/\n\rfinish_reason\x18\x05 \x01(\x0e\x32\x18.cluster.v1.FinishReason\x12\x15\n\rcached_tokens\x18\x06 \x01(\r\"\xc5\x01\n\x07\x46\x61ilure\x12\n\n\x02id\x18\x01 \x01(\x04\x12\x0e\n\x06reason\x18\x02 \x01(\t\x12\x0f\n\x07message\x18\x03 \x01(\t\x12\r\n\x05\x66ield\x18\x04 \x01(\t\x12\x45\n\x12num_emitted_tokens\x18\x05 \x03(\x0b\x32).cluster.v1.Failure.NumEmittedTokensEntry\x1a\x37\n\x15NumEmittedTokensEntry\x12\x0b\n\x03key\x18\x01 \x01(\r\x12\r\n\x05value\x18\x02 \x01(\r:\x02\x38\x01\x32S\n\x0eReplicaService\x12\x41\n\x07\x43onnect\x12\x18.cluster.v1.GatewayFrame\x1a\x18.cluster.v1.ReplicaFrame(\x01\x30\x01\x62\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x18\x63luster/v1/replica.proto\x12\ncluster.v1\x1a\x1a\x63luster/v1/inference.proto\"\xb4\x01\n\x0cGatewayFrame\x12\'\n\x05hello\x18\x01 \x01(\x0b\x32\x18.cluster.v1.GatewayHello\x12#\n\x07submits\x18\x02 \x03(\x0b\x32\x12.cluster.v1.Submit\x12#\n\x07\x63\x61ncels\x18\x03 \x03(\x0b\x32\x12.cluster.v1.Cancel\x12\x31\n\x0f\x63\x61ncels_by_name\x18\x04 \x03(\x0b\x32\x18.cluster.v1.CancelByName\"<\n\x0cGatewayHello\x12\x12\n\ngateway_id\x18\x01 \x01(\t\x12\x18\n\x10protocol_version\x18\x02 \x01(\r\"\x85\x02\n\x06Submit\x12\n\n\x02id\x18\x01 \x01(\x04\x12\x18\n\x10prompt_token_ids\x18\x02 \x03(\r\x12,\n\x08sampling\x18\x03 \x01(\x0b\x32\x1a.cluster.v1.SamplingParams\x12&\n\x08priority\x18\x04 \x01(\x0e\x32\x14.cluster.v1.Priority\x12\x18\n\x0b\x64\x65\x61\x64line_ms\x18\x05 \x01(\x04H\x00\x88\x01\x01\x12\x15\n\rgeneration_id\x18\x06 \x01(\t\x12\x12\n\ncache_salt\x18\x07 \x01(\t\x12*\n\x07\x65mitted\x18\x08 \x03(\x0b\x32\x19.cluster.v1.EmittedTokensB\x0e\n\x0c_deadline_ms\";\n\rEmittedTokens\x12\x17\n\x0f\x63\x61ndidate_index\x18\x01 \x01(\r\x12\x11\n\ttoken_ids\x18\x02 \x03(\r\"F\n\x06\x43\x61ncel\x12\n\n\x02id\x18\x01 \x01(\x04\x12\x1c\n\x0f\x63\x61ndidate_index\x18\x02 \x01(\rH\x00\x88\x01\x01\x42\x12\n\x10_candidate_index\"1\n\x0c\x43\x61ncelByName\x12\n\n\x02id\x18\x01 \x01(\x04\x12\x15\n\rgeneration_id\x18\x02 \x01(\t\"(\n\x0b\x43\x61ncelReply\x12\n\n\x02id\x18\x01 \x01(\x04\x12\r\n\x05\x66ound\x18\x02 \x01(\x08\"\x8f\x02\n\x0cReplicaFrame\x12\'\n\x05hello\x18\x01 \x01(\x0b\x32\x18.cluster.v1.ReplicaHello\x12%\n\x04load\x18\x02 \x01(\x0b\x32\x17.cluster.v1.ReplicaLoad\x12&\n\x06\x64\x65ltas\x18\x03 \x03(\x0b\x32\x16.cluster.v1.TokenDelta\x12%\n\x08\x66\x61ilures\x18\x04 \x03(\x0b\x32\x13.cluster.v1.Failure\x12/\n\x0e\x63\x61ncel_replies\x18\x05 \x03(\x0b\x32\x17.cluster.v1.CancelReply\x12/\n\rcached_blocks\x18\x06 \x01(\x0b\x32\x18.cluster.v1.CachedBlocks\"\x82\x03\n\x0cReplicaHello\x12\x12\n\nreplica_id\x18\x01 \x01(\t\x12\r\n\x05model\x18\x02 \x01(\t\x12\x14\n\x0c\x61rchitecture\x18\x03 \x01(\t\x12\x15\n\rmax_model_len\x18\x04 \x01(\r\x12\x12\n\nvocab_size\x18\x05 \x01(\r\x12\r\n\x05\x64type\x18\x06 \x01(\t\x12\x0e\n\x06\x64\x65vice\x18\x07 \x01(\t\x12\x1a\n\x12kv_capacity_tokens\x18\x08 \x01(\x04\x12\x18\n\x10protocol_version\x18\t \x01(\r\x12\x17\n\x0f\x62\x61tch_invariant\x18\n \x01(\x08\x12,\n\x0b\x66ingerprint\x18\x0b \x01(\x0b\x32\x17.cluster.v1.Fingerprint\x12\r\n\x05group\x18\x0c \x01(\t\x12\x12\n\nblock_size\x18\r \x01(\r\x12\x14\n\x0cmax_num_seqs\x18\x0e \x01(\r\x12\x1e\n\x16max_num_batched_tokens\x18\x0f \x01(\r\x12\x19\n\x11\x61\x64vertises_blocks\x18\x10 \x01(\x08\"\x99\x01\n\x0b\x46ingerprint\x12\x14\n\x0cmodel_digest\x18\x01 \x01(\t\x12\x15\n\rweight_format\x18\x02 \x01(\t\x12\x0f\n\x07\x62\x61\x63kend\x18\x03 \x01(\t\x12\x11\n\tprocessor\x18\x04 \x01(\t\x12\x0f\n\x07tp_size\x18\x05 \x01(\r\x12\x0f\n\x07pp_size\x18\x06 \x01(\r\x12\x17\n\x0f\x62\x61tch_invariant\x18\x07 \x01(\x08\"=\n\x0c\x43\x61\x63hedBlocks\x12\r\n\x05reset\x18\x01 \x01(\x08\x12\r\n\x05\x61\x64\x64\x65\x64\x18\x02 \x03(\x06\x12\x0f\n\x07removed\x18\x03 \x03(\x06\"\xd5\x01\n\x0bReplicaLoad\x12\x0f\n\x07running\x18\x01 \x01(\r\x12\x0f\n\x07waiting\x18\x02 \x01(\r\x12\x13\n\x0b\x66ree_blocks\x18\x03 \x01(\r\x12\x12\n\nnum_blocks\x18\x04 \x01(\r\x12\x15\n\rqueued_tokens\x18\x05 \x01(\x04\x12\x10\n\x08\x64raining\x18\x06 \x01(\x08\x12\x14\n\x0cnum_gateways\x18\x07 \x01(\r\x12\x0e\n\x06step_s\x18\x08 \x01(\x02\x12\x16\n\x0eprompt_token_s\x18\t \x01(\x02\x12\x14\n\x0ctokens_per_s\x18\n \x01(\x02\"\xe2\x01\n\nTokenDelta\x12\n\n\x02id\x18\x01 \x01(\x04\x12\x17\n\x0f\x63\x61ndidate_index\x18\x02 \x01(\r\x12\x11\n\ttoken_ids\x18\x03 \x03(\r\x12.\n\x08logprobs\x18\x04 \x03(\x0b\x32\x1c.cluster.v1.PositionLogprobs\x12/\n\rfinish_reason\x18\x05 \x01(\x0e\x32\x18.cluster.v1.FinishReason\x12\x15\n\rcached_tokens\x18\x06 \x01(\r\x12$\n\x05times\x18\x07 \x01(\x0b\x32\x15.cluster.v1.StayTimes\"o\n\tStayTimes\x12\x0f\n\x07queue_s\x18\x01 \x01(\x02\x12\x11\n\tprefill_s\x18\x02 \x01(\x02\x12\x10\n\x08\x64\x65\x63ode_s\x18\x03 \x01(\x02\x12\x13\n\x0bpreempted_s\x18\x04 \x01(\x02\x12\x17\n\x0fnum_preemptions\x18\x05 \x01(\r\"\xc5\x01\n\x07\x46\x61ilure\x12\n\n\x02id\x18\x01 \x01(\x04\x12\x0e\n\x06reason\x18\x02 \x01(\t\x12\x0f\n\x07message\x18\x03 \x01(\t\x12\r\n\x05\x66ield\x18\x04 \x01(\t\x12\x45\n\x12num_emitted_tokens\x18\x05 \x03(\x0b\x32).cluster.v1.Failure.NumEmittedTokensEntry\x1a\x37\n\x15NumEmittedTokensEntry\x12\x0b\n\x03key\x18\x01 \x01(\r\x12\r\n\x05value\x18\x02 \x01(\r:\x02\x38\x01\x32S\n\x0eReplicaService\x12\x41\n\x07\x43onnect\x12\x18.cluster.v1.GatewayFrame\x1a\x18.cluster.v1.ReplicaFrame(\x01\x30\x01\x62\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
@@ -35,25 +35,37 @@ if not _descriptor._USE_C_DESCRIPTORS:
   _globals['_FAILURE_NUMEMITTEDTOKENSENTRY']._loaded_options = None
   _globals['_FAILURE_NUMEMITTEDTOKENSENTRY']._serialized_options = b'8\001'
   _globals['_GATEWAYFRAME']._serialized_start=69
-  _globals['_GATEWAYFRAME']._serialized_end=198
-  _globals['_GATEWAYHELLO']._serialized_start=200
-  _globals['_GATEWAYHELLO']._serialized_end=260
-  _globals['_SUBMIT']._serialized_start=263
-  _globals['_SUBMIT']._serialized_end=480
-  _globals['_CANCEL']._serialized_start=482
-  _globals['_CANCEL']._serialized_end=552
-  _globals['_REPLICAFRAME']._serialized_start=555
-  _globals['_REPLICAFRAME']._serialized_end=728
-  _globals['_REPLICAHELLO']._serialized_start=731
-  _globals['_REPLICAHELLO']._serialized_end=955
-  _globals['_REPLICALOAD']._serialized_start=958
-  _globals['_REPLICALOAD']._serialized_end=1087
-  _globals['_TOKENDELTA']._serialized_start=1090
-  _globals['_TOKENDELTA']._serialized_end=1278
-  _globals['_FAILURE']._serialized_start=1281
-  _globals['_FAILURE']._serialized_end=1478
-  _globals['_FAILURE_NUMEMITTEDTOKENSENTRY']._serialized_start=1423
-  _globals['_FAILURE_NUMEMITTEDTOKENSENTRY']._serialized_end=1478
-  _globals['_REPLICASERVICE']._serialized_start=1480
-  _globals['_REPLICASERVICE']._serialized_end=1563
+  _globals['_GATEWAYFRAME']._serialized_end=249
+  _globals['_GATEWAYHELLO']._serialized_start=251
+  _globals['_GATEWAYHELLO']._serialized_end=311
+  _globals['_SUBMIT']._serialized_start=314
+  _globals['_SUBMIT']._serialized_end=575
+  _globals['_EMITTEDTOKENS']._serialized_start=577
+  _globals['_EMITTEDTOKENS']._serialized_end=636
+  _globals['_CANCEL']._serialized_start=638
+  _globals['_CANCEL']._serialized_end=708
+  _globals['_CANCELBYNAME']._serialized_start=710
+  _globals['_CANCELBYNAME']._serialized_end=759
+  _globals['_CANCELREPLY']._serialized_start=761
+  _globals['_CANCELREPLY']._serialized_end=801
+  _globals['_REPLICAFRAME']._serialized_start=804
+  _globals['_REPLICAFRAME']._serialized_end=1075
+  _globals['_REPLICAHELLO']._serialized_start=1078
+  _globals['_REPLICAHELLO']._serialized_end=1464
+  _globals['_FINGERPRINT']._serialized_start=1467
+  _globals['_FINGERPRINT']._serialized_end=1620
+  _globals['_CACHEDBLOCKS']._serialized_start=1622
+  _globals['_CACHEDBLOCKS']._serialized_end=1683
+  _globals['_REPLICALOAD']._serialized_start=1686
+  _globals['_REPLICALOAD']._serialized_end=1899
+  _globals['_TOKENDELTA']._serialized_start=1902
+  _globals['_TOKENDELTA']._serialized_end=2128
+  _globals['_STAYTIMES']._serialized_start=2130
+  _globals['_STAYTIMES']._serialized_end=2241
+  _globals['_FAILURE']._serialized_start=2244
+  _globals['_FAILURE']._serialized_end=2441
+  _globals['_FAILURE_NUMEMITTEDTOKENSENTRY']._serialized_start=2386
+  _globals['_FAILURE_NUMEMITTEDTOKENSENTRY']._serialized_end=2441
+  _globals['_REPLICASERVICE']._serialized_start=2443
+  _globals['_REPLICASERVICE']._serialized_end=2526
 # @@protoc_insertion_point(module_scope)

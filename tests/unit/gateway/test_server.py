@@ -169,7 +169,7 @@ async def test_a_wrong_secret(create_setup: CreateSetup, caplog: pytest.LogCaptu
     assert (await failure(setup.stub.Generate(request()))).reason == "MODEL_WARMING"
 
 
-@pytest.mark.parametrize(("fields", "problem"), [({"model": "x"}, "'x'"), ({"protocol_version": 2}, "protocol 2")])
+@pytest.mark.parametrize(("fields", "problem"), [({"model": "x"}, "'x'"), ({"protocol_version": 9}, "protocol 9")])
 async def test_a_replica_that_is_another(
     create_setup: CreateSetup, caplog: pytest.LogCaptureFixture, fields: dict[str, object], problem: str
 ) -> None:

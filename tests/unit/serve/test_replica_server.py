@@ -19,7 +19,7 @@ from cluster.errors import CheckpointError, EngineFault, InvalidRequest, Replica
 from cluster.serve import replica_server
 from cluster.serve.replica_server import ReplicaServer
 from cluster.v1 import inference_pb2, replica_pb2, replica_pb2_grpc
-from cluster.wire import sampling_to_proto
+from cluster.wire import PROTOCOL_VERSION, sampling_to_proto
 
 SECRET = "s3cret"
 MODEL = ModelInfo(
@@ -119,7 +119,7 @@ class GatewayStream:
         await self.call.write(replica_pb2.GatewayFrame(**fields))
 
     async def greet(self) -> replica_pb2.ReplicaFrame:
-        await self.send(hello=replica_pb2.GatewayHello(gateway_id="g", protocol_version=1))
+        await self.send(hello=replica_pb2.GatewayHello(gateway_id="g", protocol_version=PROTOCOL_VERSION))
         return await self.call.read()
 
     async def read_until(self, wanted) -> list[replica_pb2.ReplicaFrame]:
@@ -204,7 +204,7 @@ async def test_hello_describes_the_model_and_every_frame_has_the_load(cluster: C
         assert (frame.hello.replica_id, frame.hello.model, frame.hello.architecture) == ("r1", "m", "Fake")
         assert (frame.hello.max_model_len, frame.hello.vocab_size, frame.hello.kv_capacity_tokens) == (64, 100, 32)
         assert frame.hello.batch_invariant
-        assert (frame.hello.protocol_version, frame.load.num_blocks, frame.load.free_blocks) == (1, 8, 8)
+        assert (frame.hello.protocol_version, frame.load.num_blocks, frame.load.free_blocks) == (PROTOCOL_VERSION, 8, 8)
         cluster.engine.release(3)
         await stream.send(submits=[submit(5)])
         frames = await stream.read_until(finished(5))
@@ -260,7 +260,7 @@ async def test_without_the_secret_nobody_connects(cluster: Cluster, secret: str)
 
 async def test_another_protocol_version_is_refused(cluster: Cluster):
     async with cluster.connect() as stream:
-        await stream.send(hello=replica_pb2.GatewayHello(protocol_version=2), submits=[submit(1)])
+        await stream.send(hello=replica_pb2.GatewayHello(protocol_version=PROTOCOL_VERSION + 1), submits=[submit(1)])
         assert await stream.call.code() == grpc.StatusCode.FAILED_PRECONDITION
     assert cluster.engine.added.empty()
 
