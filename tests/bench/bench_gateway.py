@@ -1,0 +1,280 @@
+"""What the gateway costs and adds: a fake engine, the gateway and this client as plain processes; everything between
+the engine's step and the client's socket is real.
+
+Streams: tokens per second of the gateway's processor time, tokens per message, and how much later than the engine's
+step a token is at the client. Unary: how much longer a call takes than the engine had it, at a share of the gateway's
+capacity.
+
+    python tests/bench/bench_gateway.py --streams 64 --tokens-per-s 10000,20000
+    python tests/bench/bench_gateway.py --unary
+"""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import gc
+import random
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+import grpc
+import numpy as np
+import uvloop
+from grpc_health.v1 import health_pb2, health_pb2_grpc
+from plain_process import PlainProcess, engines, gateway
+from stamp import report
+
+from cluster.v1 import inference_pb2
+from cluster.wire import SERVICE
+
+_PROMPT = "def read_lines(path):"
+_NUM_CONNECTIONS = 4
+
+
+@dataclass
+class Journal:
+    """What the engine noted, see fake_engine.Journal."""
+
+    step_times_s: np.ndarray
+    begun: dict[tuple[str, int], tuple[int, int, float]]
+
+    @classmethod
+    def read(cls, file: Path) -> Journal:
+        with np.load(file) as saved:
+            names = zip(saved["generation_ids"].tolist(), saved["candidates"].tolist(), strict=True)
+            begun = zip(saved["steps"].tolist(), saved["positions"].tolist(), saved["received_s"].tolist(), strict=True)
+            return cls(saved["step_times_s"], dict(zip(names, begun, strict=True)))
+
+    def token_s(self, generation_id: str, candidate: int, position: int) -> float:
+        """When the engine's step made this token."""
+        step, first, _ = self.begun[generation_id, candidate]
+        return self.step_times_s[step + position - first]
+
+
+@contextmanager
+def serving(*engine_options: object) -> Iterator[tuple[PlainProcess, Callable[[], Journal]]]:
+    """A gateway in front of an engine, and a function that ends the engine and returns its journal."""
+    with tempfile.TemporaryDirectory(prefix="bench-gateway-") as directory:
+        file = Path(directory) / "journal.npz"
+        (engine,) = engines(["--journal", file, *engine_options])
+        with engine, gateway([engine]) as gateway_process:
+
+            def journal() -> Journal:
+                engine.terminate()
+                return Journal.read(file)
+
+            yield gateway_process, journal
+
+
+@contextmanager
+def steady() -> Iterator[None]:
+    """No garbage collection of this process while it measures."""
+    gc.collect()
+    gc.disable()
+    try:
+        yield
+    finally:
+        gc.enable()
+
+
+class Connections:
+    """Channels to the gateway whose answers stay bytes: a client that costs as little as it can."""
+
+    def __init__(self, address: str) -> None:
+        options = (("grpc.use_local_subchannel_pool", 1), ("grpc.max_receive_message_length", -1))
+        self._channels = [grpc.aio.insecure_channel(address, options=options) for _ in range(_NUM_CONNECTIONS)]
+        serialize = inference_pb2.GenerateRequest.SerializeToString
+        self._streams = [
+            channel.unary_stream(f"/{SERVICE}/GenerateStream", request_serializer=serialize)
+            for channel in self._channels
+        ]
+        self._unaries = [
+            channel.unary_unary(f"/{SERVICE}/Generate", request_serializer=serialize) for channel in self._channels
+        ]
+        self._turn = 0
+
+    async def wait_serving(self) -> None:
+        async with asyncio.timeout(30):
+            stub = health_pb2_grpc.HealthStub(self._channels[0])
+            async for health in stub.Watch(health_pb2.HealthCheckRequest()):
+                if health.status == health_pb2.HealthCheckResponse.SERVING:
+                    return
+
+    def stream(self, request: inference_pb2.GenerateRequest) -> grpc.aio.UnaryStreamCall:
+        self._turn += 1
+        return self._streams[self._turn % _NUM_CONNECTIONS](request)
+
+    async def unary(self, request: inference_pb2.GenerateRequest) -> bytes:
+        self._turn += 1
+        return await self._unaries[self._turn % _NUM_CONNECTIONS](request)
+
+    async def close(self) -> None:
+        for channel in self._channels:
+            await channel.close()
+
+
+def request(max_tokens: int) -> inference_pb2.GenerateRequest:
+    return inference_pb2.GenerateRequest(
+        prompt=_PROMPT, sampling=inference_pb2.SamplingParams(max_tokens=max_tokens, ignore_eos=True)
+    )
+
+
+# -- streams --------------------------------------------------------------------------------------------------------
+
+
+async def read_streams(
+    gateway_process: PlainProcess, num_streams: int, seconds: float, warm_up_s: float
+) -> tuple[list[tuple[float, bytes]], float, float]:
+    """What arrived while it was measured, each with its time; the gateway's processor time and the time meanwhile."""
+    arrived: list[tuple[float, bytes]] = []
+    connections = Connections(gateway_process.address)
+
+    async def read(call: grpc.aio.UnaryStreamCall) -> None:
+        async for raw in call:
+            arrived.append((time.monotonic(), raw))
+
+    await connections.wait_serving()
+    with steady():
+        readers = [asyncio.create_task(read(connections.stream(request(2**18)))) for _ in range(num_streams)]
+        await asyncio.sleep(warm_up_s)
+        arrived.clear()
+        begun_s, cpu_s = time.monotonic(), gateway_process.cpu_s()
+        await asyncio.sleep(seconds)
+        took_s, cpu_s = time.monotonic() - begun_s, gateway_process.cpu_s() - cpu_s
+        measured = arrived.copy()
+    for reader in readers:
+        reader.cancel()
+    await asyncio.gather(*readers, return_exceptions=True)
+    await connections.close()
+    return measured, cpu_s, took_s
+
+
+def measure_streams(num_streams: int, tokens_per_s: float, seconds: float, warm_up_s: float) -> dict[str, object]:
+    """At one number of streams and one rate of the engine."""
+    step_s = num_streams / tokens_per_s
+    with serving("--step-ms", step_s * 1e3) as (gateway_process, journal):
+        arrived, cpu_s, took_s = uvloop.run(read_streams(gateway_process, num_streams, seconds, warm_up_s))
+        rss_bytes = gateway_process.rss_bytes()
+        steps = journal()
+    num_tokens = 0
+    late_s = []
+    for arrived_s, raw in arrived:
+        chunk = inference_pb2.GenerateChunk.FromString(raw)
+        num_tokens += len(chunk.token_ids)
+        for position in range(chunk.token_offset, chunk.token_offset + len(chunk.token_ids)):
+            late_s.append(arrived_s - steps.token_s(chunk.generation_id, chunk.candidate_index, position))
+    return {
+        "streams": num_streams,
+        "offered_tokens_per_s": tokens_per_s,
+        "tokens_per_s": round(num_tokens / took_s),
+        "gateway_cores": round(cpu_s / took_s, 3),
+        "gateway_us_per_token": round(1e6 * cpu_s / num_tokens, 2),
+        "tokens_per_s_and_gateway_core": round(num_tokens / cpu_s),
+        "tokens_per_message": round(num_tokens / len(arrived), 2),
+        "added_ms": percentiles_ms(late_s),
+        "gateway_rss_mib": round(rss_bytes / 2**20),
+    }
+
+
+# -- unary ----------------------------------------------------------------------------------------------------------
+
+
+async def call_unary(
+    gateway_process: PlainProcess, max_tokens: int, load: float, seconds: float, warm_up_s: float
+) -> tuple[list[tuple[float, bytes]], dict[str, object]]:
+    """How long each call took, and its answer, at Poisson arrivals. The rate comes from the processor time of a call."""
+    connections = Connections(gateway_process.address)
+    message = request(max_tokens)
+    await connections.wait_serving()
+
+    async def repeat(until_s: float) -> int:
+        count = 0
+        while time.monotonic() < until_s:
+            await connections.unary(message)
+            count += 1
+        return count
+
+    with steady():
+        await asyncio.gather(*(repeat(time.monotonic() + warm_up_s) for _ in range(16)))
+        cpu_s = gateway_process.cpu_s()
+        counts = await asyncio.gather(*(repeat(time.monotonic() + seconds / 2) for _ in range(16)))
+        call_cpu_s = (gateway_process.cpu_s() - cpu_s) / sum(counts)
+
+        answers: list[tuple[float, bytes]] = []
+
+        async def call() -> None:
+            begun_s = time.monotonic()
+            raw = await connections.unary(message)
+            answers.append((time.monotonic() - begun_s, raw))
+
+        rng, calls = random.Random(1), []
+        rate = load / call_cpu_s
+        due_s = begun_s = time.monotonic()
+        cpu_s = gateway_process.cpu_s()
+        while due_s < begun_s + seconds:
+            due_s += rng.expovariate(rate)
+            if (wait_s := due_s - time.monotonic()) > 0:
+                await asyncio.sleep(wait_s)
+            calls.append(asyncio.create_task(call()))
+        cpu_s, took_s = gateway_process.cpu_s() - cpu_s, time.monotonic() - begun_s
+        await asyncio.gather(*calls)
+    await connections.close()
+    return answers, {
+        "gateway_us_per_call": round(1e6 * call_cpu_s, 1),
+        "calls_per_s": round(len(calls) / took_s, 1),
+        "gateway_cores": round(cpu_s / took_s, 3),
+    }
+
+
+def measure_unary(max_tokens: int, step_ms: float, load: float, seconds: float, warm_up_s: float) -> dict[str, object]:
+    """What the gateway adds to calls of so many tokens while it is busy for the share ``load`` of its time."""
+    with serving("--step-ms", step_ms) as (gateway_process, journal):
+        answers, figures = uvloop.run(call_unary(gateway_process, max_tokens, load, seconds, warm_up_s))
+        steps = journal()
+    added_s = []
+    for took_s, raw in answers:
+        answer = inference_pb2.GenerateResponse.FromString(raw)
+        _, _, received_s = steps.begun[answer.generation_id, 0]
+        added_s.append(took_s - (steps.token_s(answer.generation_id, 0, max_tokens - 1) - received_s))
+    return {"max_tokens": max_tokens, "step_ms": step_ms, "load": load, **figures, "added_ms": percentiles_ms(added_s)}
+
+
+def percentiles_ms(values_s: list[float]) -> dict[str, float]:
+    p50, p90, p99 = np.percentile(values_s, (50, 90, 99)) * 1e3
+    return {"p50": round(p50, 2), "p90": round(p90, 2), "p99": round(p99, 2)}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--streams", type=int, default=64)
+    parser.add_argument("--tokens-per-s", default="10000,20000,30000", help="rates of the engine, one run each")
+    parser.add_argument("--unary", action="store_true", help="measure unary calls instead")
+    parser.add_argument("--max-tokens", type=int, default=16, help="of a unary call")
+    parser.add_argument("--step-ms", type=float, default=2.0, help="of the engine under unary calls")
+    parser.add_argument("--load", type=float, default=0.7, help="share of the gateway's capacity in unary calls")
+    parser.add_argument("--seconds", type=float, default=8.0)
+    parser.add_argument("--warm-up-s", type=float, default=2.0)
+    arguments = parser.parse_args()
+    if arguments.unary:
+        figures = measure_unary(
+            arguments.max_tokens, arguments.step_ms, arguments.load, arguments.seconds, arguments.warm_up_s
+        )
+        report({"unary": figures})
+        return
+    rates = [float(rate) for rate in arguments.tokens_per_s.split(",")]
+    report(
+        {
+            "streams": [
+                measure_streams(arguments.streams, rate, arguments.seconds, arguments.warm_up_s) for rate in rates
+            ]
+        }
+    )
+
+
+if __name__ == "__main__":
+    main()

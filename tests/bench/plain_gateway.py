@@ -1,0 +1,44 @@
+"""A gateway as a plain process, for benchmarks: the production one, told on its command line where its replicas are.
+
+python tests/bench/plain_gateway.py --replica replica-0=127.0.0.1:7000 --config '{"port": 0}'
+"""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import json
+
+import uvloop
+from fake_engine import SECRET
+from pydantic import TypeAdapter
+
+from cluster.checkpoint import resolve_checkpoint
+from cluster.gateway.catalog import ServedModel
+from cluster.gateway.config import GatewayConfig
+from cluster.gateway.replica_link import ReplicaAddress
+from cluster.gateway.server import Gateway
+
+
+async def serve(config: GatewayConfig, checkpoint: str, replicas: list[ReplicaAddress]) -> None:
+    """Prints the address, and serves model "test" until the process is killed."""
+    gateway = Gateway(config, [ServedModel("test", resolve_checkpoint(checkpoint, weights=False))], secret=SECRET)
+    port = await gateway.start()
+    gateway.set_replicas("test", replicas)
+    print(f"{config.host}:{port}", flush=True)
+    await asyncio.Event().wait()
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--replica", action="append", default=[], metavar="ID=ADDRESS")
+    parser.add_argument("--checkpoint", default="demo", help="whose tokenizer is used: as for 'cluster serve'")
+    parser.add_argument("--config", default="{}", help="the gateway's section of the configuration, as JSON")
+    arguments = parser.parse_args()
+    config = TypeAdapter(GatewayConfig).validate_python({"port": 0} | json.loads(arguments.config))
+    replicas = [ReplicaAddress(*replica.split("=", 1)) for replica in arguments.replica]
+    uvloop.run(serve(config, arguments.checkpoint, replicas))
+
+
+if __name__ == "__main__":
+    main()
