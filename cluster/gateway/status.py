@@ -39,27 +39,38 @@ _DEFAULT_RETRY_S = 1.0  # where a retry helps and nobody knows when
 logger = logging.getLogger(__name__)
 
 
-def status_of(error: Exception) -> grpc.Status:
-    """The status that a client gets for ``error``.
+def as_cluster_error(error: Exception) -> errors.ClusterError:
+    """``error``, if it may be told to a client; else one that only says that there was one.
 
     An exception outside the taxonomy is a bug of ours: it is logged here and the client learns only that it happened.
     The log has the stack but not the exception's text, which may quote a prompt.
     """
-    if not isinstance(error, errors.ClusterError):
-        frames = "".join(traceback.format_tb(error.__traceback__))
-        logger.error("unexpected %s while serving a call\n%s", type(error).__qualname__, frames)
-        error = errors.EngineFault("internal error; the gateway's log has the details")
+    if isinstance(error, errors.ClusterError):
+        return error
+    frames = "".join(traceback.format_tb(error.__traceback__))
+    logger.error("unexpected %s while serving a call\n%s", type(error).__qualname__, frames)
+    return errors.EngineFault("internal error; the gateway's log has the details")
+
+
+def retry_delay_s(error: errors.ClusterError) -> float | None:
+    """When to come back, in seconds; None where that would not help."""
+    if error.retry_after_s is None and error.retryable:
+        return _DEFAULT_RETRY_S
+    return error.retry_after_s
+
+
+def status_of(error: Exception) -> grpc.Status:
+    """The status that a client gets for ``error``, as ``as_cluster_error`` has it."""
+    error = as_cluster_error(error)
     code = _CODES.get(type(error), grpc.StatusCode.INTERNAL)
     status = status_pb2.Status(code=code.value[0], message=error.message)
     status.details.add().Pack(error_details_pb2.ErrorInfo(reason=error.reason, domain=ERROR_DOMAIN))
     if error.field:
         violation = error_details_pb2.BadRequest.FieldViolation(field=error.field, description=error.message)
         status.details.add().Pack(error_details_pb2.BadRequest(field_violations=[violation]))
-    retry_after_s = error.retry_after_s
-    if retry_after_s is None and error.retryable:
-        retry_after_s = _DEFAULT_RETRY_S
-    if retry_after_s is not None:
+    delay_s = retry_delay_s(error)
+    if delay_s is not None:
         delay = Duration()
-        delay.FromNanoseconds(int(retry_after_s * 1e9))
+        delay.FromNanoseconds(int(delay_s * 1e9))
         status.details.add().Pack(error_details_pb2.RetryInfo(retry_delay=delay))
     return rpc_status.to_status(status)

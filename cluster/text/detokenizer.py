@@ -31,9 +31,7 @@ class Detokenizer(Protocol):
 
 def create_detokenizer(tokenizer: Tokenizer) -> Detokenizer:
     """The fast ones for byte-level BPE and for SentencePiece with byte fallback, else the general one."""
-    vocabulary = _vocabularies.get(tokenizer)
-    if vocabulary is None:
-        vocabulary = _vocabularies[tokenizer] = _vocabulary(tokenizer)
+    vocabulary = vocabulary_of(tokenizer)
     if isinstance(vocabulary, ByteLevelVocabulary):
         return ByteLevelDetokenizer(vocabulary)
     if isinstance(vocabulary, ByteFallbackVocabulary):
@@ -193,8 +191,15 @@ class WindowDetokenizer:
 _vocabularies: WeakKeyDictionary[Tokenizer, ByteLevelVocabulary | ByteFallbackVocabulary | None] = WeakKeyDictionary()
 
 
-def _vocabulary(tokenizer: Tokenizer) -> ByteLevelVocabulary | ByteFallbackVocabulary | None:
+def vocabulary_of(tokenizer: Tokenizer) -> ByteLevelVocabulary | ByteFallbackVocabulary | None:
     """The table for the tokenizer's decoder; None for one that only its own library understands."""
+    vocabulary = _vocabularies.get(tokenizer)
+    if vocabulary is None:
+        vocabulary = _vocabularies[tokenizer] = _vocabulary(tokenizer)
+    return vocabulary
+
+
+def _vocabulary(tokenizer: Tokenizer) -> ByteLevelVocabulary | ByteFallbackVocabulary | None:
     backend, special = tokenizer.backend, tokenizer.special_token_ids
     if isinstance(backend.decoder, decoders.ByteLevel):
         return ByteLevelVocabulary(backend, special)
