@@ -14,6 +14,7 @@ from __future__ import annotations
 import argparse
 import asyncio
 import gc
+import itertools
 import random
 import tempfile
 import time
@@ -26,6 +27,7 @@ import grpc
 import numpy as np
 import uvloop
 from grpc_health.v1 import health_pb2, health_pb2_grpc
+from lean_client import LeanConnection
 from plain_process import PlainProcess, engines, gateway
 from stamp import report
 
@@ -34,6 +36,8 @@ from cluster.wire import SERVICE
 
 _PROMPT = "def read_lines(path):"
 _NUM_CONNECTIONS = 4
+_STREAM = f"/{SERVICE}/GenerateStream"
+_UNARY = f"/{SERVICE}/Generate"
 
 
 @dataclass
@@ -82,46 +86,18 @@ def steady() -> Iterator[None]:
         gc.enable()
 
 
-class Connections:
-    """Channels to the gateway whose answers stay bytes: a client that costs as little as it can."""
-
-    def __init__(self, address: str) -> None:
-        options = (("grpc.use_local_subchannel_pool", 1), ("grpc.max_receive_message_length", -1))
-        self._channels = [grpc.aio.insecure_channel(address, options=options) for _ in range(_NUM_CONNECTIONS)]
-        serialize = inference_pb2.GenerateRequest.SerializeToString
-        self._streams = [
-            channel.unary_stream(f"/{SERVICE}/GenerateStream", request_serializer=serialize)
-            for channel in self._channels
-        ]
-        self._unaries = [
-            channel.unary_unary(f"/{SERVICE}/Generate", request_serializer=serialize) for channel in self._channels
-        ]
-        self._turn = 0
-
-    async def wait_serving(self) -> None:
-        async with asyncio.timeout(30):
-            stub = health_pb2_grpc.HealthStub(self._channels[0])
-            async for health in stub.Watch(health_pb2.HealthCheckRequest()):
-                if health.status == health_pb2.HealthCheckResponse.SERVING:
-                    return
-
-    def stream(self, request: inference_pb2.GenerateRequest) -> grpc.aio.UnaryStreamCall:
-        self._turn += 1
-        return self._streams[self._turn % _NUM_CONNECTIONS](request)
-
-    async def unary(self, request: inference_pb2.GenerateRequest) -> bytes:
-        self._turn += 1
-        return await self._unaries[self._turn % _NUM_CONNECTIONS](request)
-
-    async def close(self) -> None:
-        for channel in self._channels:
-            await channel.close()
+async def connect(gateway_process: PlainProcess) -> list[LeanConnection]:
+    """Connections to a gateway that serves."""
+    async with grpc.aio.insecure_channel(gateway_process.address) as channel, asyncio.timeout(30):
+        async for health in health_pb2_grpc.HealthStub(channel).Watch(health_pb2.HealthCheckRequest()):
+            if health.status == health_pb2.HealthCheckResponse.SERVING:
+                break
+    return [await LeanConnection.open(gateway_process.address) for _ in range(_NUM_CONNECTIONS)]
 
 
-def request(max_tokens: int) -> inference_pb2.GenerateRequest:
-    return inference_pb2.GenerateRequest(
-        prompt=_PROMPT, sampling=inference_pb2.SamplingParams(max_tokens=max_tokens, ignore_eos=True)
-    )
+def request(max_tokens: int) -> bytes:
+    sampling = inference_pb2.SamplingParams(max_tokens=max_tokens, ignore_eos=True)
+    return inference_pb2.GenerateRequest(prompt=_PROMPT, sampling=sampling).SerializeToString()
 
 
 # -- streams --------------------------------------------------------------------------------------------------------
@@ -132,25 +108,24 @@ async def read_streams(
 ) -> tuple[list[tuple[float, bytes]], float, float]:
     """What arrived while it was measured, each with its time; the gateway's processor time and the time meanwhile."""
     arrived: list[tuple[float, bytes]] = []
-    connections = Connections(gateway_process.address)
+    connections = await connect(gateway_process)
+    message = request(2**18)
 
-    async def read(call: grpc.aio.UnaryStreamCall) -> None:
-        async for raw in call:
-            arrived.append((time.monotonic(), raw))
+    def take(now: float, raw: bytes) -> None:
+        arrived.append((now, raw))
 
-    await connections.wait_serving()
     with steady():
-        readers = [asyncio.create_task(read(connections.stream(request(2**18)))) for _ in range(num_streams)]
+        calls = [connections[i % _NUM_CONNECTIONS].call(_STREAM, message, take) for i in range(num_streams)]
         await asyncio.sleep(warm_up_s)
         arrived.clear()
         begun_s, cpu_s = time.monotonic(), gateway_process.cpu_s()
         await asyncio.sleep(seconds)
         took_s, cpu_s = time.monotonic() - begun_s, gateway_process.cpu_s() - cpu_s
         measured = arrived.copy()
-    for reader in readers:
-        reader.cancel()
-    await asyncio.gather(*readers, return_exceptions=True)
-    await connections.close()
+    if any(call.ended.done() for call in calls):
+        raise RuntimeError("a stream ended before its time")
+    for connection in connections:
+        await connection.close()
     return measured, cpu_s, took_s
 
 
@@ -187,15 +162,14 @@ def measure_streams(num_streams: int, tokens_per_s: float, seconds: float, warm_
 async def call_unary(
     gateway_process: PlainProcess, max_tokens: int, load: float, seconds: float, warm_up_s: float
 ) -> tuple[list[tuple[float, bytes]], dict[str, object]]:
-    """How long each call took, and its answer, at Poisson arrivals. The rate comes from the processor time of a call."""
-    connections = Connections(gateway_process.address)
+    """How long each call took, and its answer, at Poisson arrivals; the processor time of a call sets the rate."""
+    connections = itertools.cycle(await connect(gateway_process))
     message = request(max_tokens)
-    await connections.wait_serving()
 
     async def repeat(until_s: float) -> int:
         count = 0
         while time.monotonic() < until_s:
-            await connections.unary(message)
+            await next(connections).unary(_UNARY, message)
             count += 1
         return count
 
@@ -209,7 +183,9 @@ async def call_unary(
 
         async def call() -> None:
             begun_s = time.monotonic()
-            raw = await connections.unary(message)
+            raw = await next(connections).unary(_UNARY, message)
+            if raw is None:
+                raise RuntimeError("a call failed")
             answers.append((time.monotonic() - begun_s, raw))
 
         rng, calls = random.Random(1), []
@@ -223,7 +199,8 @@ async def call_unary(
             calls.append(asyncio.create_task(call()))
         cpu_s, took_s = gateway_process.cpu_s() - cpu_s, time.monotonic() - begun_s
         await asyncio.gather(*calls)
-    await connections.close()
+    for connection in itertools.islice(connections, _NUM_CONNECTIONS):
+        await connection.close()
     return answers, {
         "gateway_us_per_call": round(1e6 * call_cpu_s, 1),
         "calls_per_s": round(len(calls) / took_s, 1),
