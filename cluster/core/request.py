@@ -151,17 +151,20 @@ class Request:
         request_id: never used twice in a scheduler's life; late results are told apart by it.
         num_prompt_tokens: at least 1.
         max_tokens: completion limit, at least 1; prompt and completion fit the model's context.
+        num_emitted_tokens: tokens of the completion that are known from the beginning, below ``max_tokens``: another
+            scheduler got so far with it.
         priority: class.
         arrival: when it came in.
         deadline: when it is worthless, or None.
-        block_hashes: of its prompt's full blocks (``core.block_hash``), by which their KV is found and shared; empty:
-            nothing is shared.
+        block_hashes: of the full blocks of its known tokens (``core.block_hash``), by which their KV is found and
+            shared; empty: nothing is shared.
         group: requests with the same number in one ``Scheduler.add`` have the same prompt: the first computes it.
     """
 
     request_id: int
     num_prompt_tokens: int
     max_tokens: int
+    num_emitted_tokens: int = 0
     priority: Priority = Priority.P1
     arrival: float = 0.0
     deadline: float | None = None

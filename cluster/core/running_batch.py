@@ -213,14 +213,21 @@ class RunningBatch:
         source = None if tracked.group is None else tracked.group.source
         if source is None or tracked.num_tokens_preempted:
             return None
+        # What it emitted elsewhere comes behind the prompt, in blocks of its own.
+        block_size = self._blocks.block_size
+        num_own_blocks = -(-tracked.num_tokens // block_size) - -(-request.num_prompt_tokens // block_size)
         fork = self._blocks.fork(
-            source.request.request_id, request.request_id, request.num_prompt_tokens, num_spare_blocks=len(self)
+            source.request.request_id,
+            request.request_id,
+            request.num_prompt_tokens,
+            num_spare_blocks=num_own_blocks + len(self),
         )
         if fork is None:
             return None
         if fork.copy is not None:
             plan.copies.append(fork.copy)
-        return fork.block_ids, request.num_prompt_tokens - 1
+        own_blocks = self._blocks.allocate(request.request_id, tracked.num_tokens) or ()
+        return fork.block_ids + own_blocks, request.num_prompt_tokens - 1
 
     def _take(self, plan: StepPlan, tracked: TrackedRequest) -> tuple[tuple[int, ...], int] | None:
         """Cached blocks and free ones, and how many of the tokens are computed; None where too few are free."""

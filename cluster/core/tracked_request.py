@@ -9,7 +9,7 @@ from cluster.core.sibling_group import SiblingGroup
 class TrackedRequest:
     """Counters of one request that has not ended; the scheduler alone changes them.
 
-        prompt                          sampled      placeholders
+        prompt                          completion   placeholders
         [0 ........ num_prompt_tokens)  [.........)  [.. num_tokens)
         [0 ..... num_computed_tokens)   <- computed, or in a step under way
 
@@ -18,7 +18,7 @@ class TrackedRequest:
         order: how many requests came before it; tells equal arrivals apart.
         group: it and its siblings, where it has any.
         block_hashes: of its full blocks, as far as they are known.
-        num_tokens: prompt, sampled and placeholders.
+        num_tokens: prompt, completion so far and placeholders.
         max_num_tokens: with the last token that it may have.
         num_placeholders: being sampled by steps under way.
         sampled_in: which plan sampled its newest token, of all plans; -1: none yet.
@@ -51,7 +51,7 @@ class TrackedRequest:
         self.order = order
         self.group = group
         self.block_hashes = list(request.block_hashes)
-        self.num_tokens = request.num_prompt_tokens
+        self.num_tokens = request.num_prompt_tokens + request.num_emitted_tokens
         self.max_num_tokens = request.num_prompt_tokens + request.max_tokens
         self.num_placeholders = 0
         self.sampled_in = -1

@@ -3,24 +3,20 @@
 from __future__ import annotations
 
 import math
-import random
 import time
 from collections import deque
 from collections.abc import Callable
-from dataclasses import replace
 
-from cluster.core.block_hash import block_hashes
 from cluster.core.block_manager import BlockManager
-from cluster.core.request import Request
 from cluster.core.schedule import Schedule
 from cluster.core.scheduler import Scheduler
 from cluster.core.step import SampledToken, StepInput, StepOutput
 from cluster.engine.config import EngineConfig
 from cluster.engine.executor import Executor, ModelInfo
-from cluster.engine.hash_chain import HashChain
+from cluster.engine.intake import Intake
 from cluster.engine.sequence import Sequence
 from cluster.engine.submission import Delta, EngineLoad, Failure, StepEvents, Submission
-from cluster.errors import AlreadyExists, DeadlineExceeded, EngineFault, InvalidRequest, ReplicaLost
+from cluster.errors import AlreadyExists, DeadlineExceeded, EngineFault, ReplicaLost
 
 
 class Engine:
@@ -46,12 +42,12 @@ class Engine:
         )
         self._sequences: dict[int, Sequence] = {}
         self._candidates: dict[int, dict[int, int]] = {}  # submission id -> candidate index -> sequence id
-        self._has_prefix_cache = config.prefix_cache
+        self._intake = Intake(executor.model, prefix_cache=config.prefix_cache)
+        self._done: list[Delta] = []  # of candidates that came with all of their tokens
         self._in_flight: deque[tuple[Schedule, float]] = deque()  # with the time of submission
         self._collected_at = -math.inf
         self._num_sequences = 0
         self._num_steps = 0
-        self._seeds = random.SystemRandom()
         self._fault: EngineFault | None = None
 
     @property
@@ -60,7 +56,7 @@ class Engine:
 
     @property
     def has_work(self) -> bool:
-        return self._scheduler.has_work or bool(self._in_flight)
+        return self._scheduler.has_work or bool(self._in_flight) or bool(self._done)
 
     @property
     def fault(self) -> EngineFault | None:
@@ -88,69 +84,37 @@ class Engine:
         """
         if self._fault is not None:
             raise EngineFault(self._fault.message)
-        self._validate(submission)
-        sampling = submission.sampling
-        room = self.model.max_model_len - len(submission.prompt_token_ids)
-        max_tokens = min(sampling.max_tokens or room, room)
-        seed = self._seeds.getrandbits(64) if sampling.seed is None else sampling.seed
-        sampling = replace(sampling, seed=seed, max_tokens=max_tokens)  # refuses min_tokens that do not fit there
-        eos_token_ids = () if sampling.ignore_eos else self.model.eos_token_ids
-        block_size, salt = self.model.block_size, submission.cache_salt.encode()
-        hashes = block_hashes(submission.prompt_token_ids, block_size, salt) if self._has_prefix_cache else []
-        sequences = [
-            Sequence(
-                sequence_id=self._num_sequences + candidate_index,
-                submission_id=submission.submission_id,
-                candidate_index=candidate_index,
-                prompt_token_ids=submission.prompt_token_ids,
-                sampling=sampling,
-                stop_token_ids=(*eos_token_ids, *sampling.stop_token_ids),
-                hash_chain=HashChain(block_size, salt, hashes) if self._has_prefix_cache else None,
-            )
-            for candidate_index in range(sampling.n)
-        ]
-        arrival = self._clock()
-        self._scheduler.add(
-            *(
-                Request(
-                    request_id=sequence.sequence_id,
-                    num_prompt_tokens=sequence.num_prompt_tokens,
-                    max_tokens=max_tokens,
-                    priority=submission.priority,
-                    arrival=arrival,
-                    deadline=submission.deadline,
-                    block_hashes=tuple(hashes),
-                    group=sequences[0].sequence_id if sampling.n > 1 else None,
-                )
-                for sequence in sequences
-            )
-        )
-        self._num_sequences += sampling.n
-        self._sequences.update((sequence.sequence_id, sequence) for sequence in sequences)
-        self._candidates[submission.submission_id] = {
-            sequence.candidate_index: sequence.sequence_id for sequence in sequences
-        }
-
-    def _validate(self, submission: Submission) -> None:
-        prompt, model = submission.prompt_token_ids, self.model
         if submission.submission_id in self._candidates:
             raise AlreadyExists(f"submission {submission.submission_id} is live", field="id")
-        if not prompt:
-            raise InvalidRequest("the prompt has no tokens", field="prompt")
-        if min(prompt) < 0 or max(prompt) >= model.vocab_size:
-            raise InvalidRequest(
-                f"the prompt holds a token id outside the vocabulary of {model.vocab_size}", field="token_ids"
+        candidates = self._intake.take(submission, self._num_sequences, self._clock())
+        sequences = [sequence for sequence, _ in candidates if sequence.finish_reason is None]
+        self._scheduler.add(*(request for sequence, request in candidates if sequence.finish_reason is None))
+        self._num_sequences += len(candidates)
+        self._sequences.update((sequence.sequence_id, sequence) for sequence in sequences)
+        if sequences:
+            self._candidates[submission.submission_id] = {
+                sequence.candidate_index: sequence.sequence_id for sequence in sequences
+            }
+        self._done += [
+            Delta(
+                submission_id=submission.submission_id,
+                candidate_index=sequence.candidate_index,
+                token_ids=[],
+                logprobs=[],
+                finish_reason=sequence.finish_reason,
+                cached_tokens=0,
             )
-        if len(prompt) >= model.max_model_len:
-            raise InvalidRequest(
-                f"the prompt has {len(prompt)} tokens; the model's context holds {model.max_model_len}, one of which "
-                "must be left for the completion",
-                field="prompt",
-            )
-        submission.sampling.check_vocabulary(model.vocab_size)
+            for sequence, _ in candidates
+            if sequence.finish_reason is not None
+        ]
 
     def cancel(self, submission_id: int, candidate_index: int | None = None) -> None:
         """Ends a submission, or one candidate of it, at once; no event follows. What has ended is ignored."""
+        self._done = [
+            delta
+            for delta in self._done
+            if delta.submission_id != submission_id or candidate_index not in (None, delta.candidate_index)
+        ]
         candidates = self._candidates.get(submission_id, {})
         for index in [candidate_index] if candidate_index is not None else list(candidates):
             if index in candidates:
@@ -162,7 +126,8 @@ class Engine:
 
         An executor that fails ends every live submission with ReplicaLost; the engine is dead then.
         """
-        events = StepEvents()
+        events = StepEvents(deltas=self._done)
+        self._done = []
         try:
             while len(self._in_flight) < self._executor.max_in_flight:
                 schedule = self._scheduler.schedule(self._clock())
@@ -202,7 +167,7 @@ class Engine:
             # Once: whoever comes back finds what it has computed itself, and siblings what the first of them has.
             if sequence.cached_tokens is None:
                 for sibling_id in self._candidates[sequence.submission_id].values():
-                    self._sequences[sibling_id].cached_tokens = cached_tokens
+                    self._sequences[sibling_id].cached_tokens = min(cached_tokens, sequence.num_prompt_tokens)
         return StepInput(
             step_id=step_id,
             new=tuple(self._sequences[sequence_id].whole() for sequence_id in schedule.started),
@@ -255,7 +220,7 @@ class Engine:
                 logprobs=[] if sequence.sampling.logprobs is None else [token],
                 finish_reason=finished.get(sequence.sequence_id),
                 cached_tokens=(sequence.cached_tokens or 0)
-                if sequence.num_output_tokens == 1 or sequence.sequence_id in finished
+                if sequence.num_sampled_tokens == 1 or sequence.sequence_id in finished
                 else 0,
             )
             for sequence, token in sampled
@@ -281,20 +246,14 @@ class Engine:
         failures: list[Failure] = []
         for submission_id, candidates in self._candidates.items():
             sequences = [self._sequences[sequence_id] for sequence_id in candidates.values()]
-            emitted = {sequence.candidate_index: sequence.num_output_tokens for sequence in sequences}
-            failures.append(
-                Failure(
-                    submission_id=submission_id,
-                    error=error,
-                    num_emitted_tokens=emitted,
-                    has_emitted=any(emitted.values()) or len(emitted) < sequences[0].sampling.n,
-                )
-            )
+            emitted = {sequence.candidate_index: sequence.num_sampled_tokens for sequence in sequences}
+            failures.append(Failure(submission_id=submission_id, error=error, num_emitted_tokens=emitted))
         return failures
 
     def _die(self, fault: EngineFault) -> None:
         self._fault = fault
         self._in_flight.clear()
+        self._done.clear()
         for submission_id in list(self._candidates):
             self.cancel(submission_id)
 

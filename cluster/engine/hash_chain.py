@@ -13,7 +13,7 @@ class HashChain:
     Args:
         block_size: tokens per block.
         salt: whose blocks they are.
-        prompt_hashes: of the prompt's full blocks.
+        prompt_hashes: of the prompt's full blocks, from which candidates of one prompt go on.
     """
 
     __slots__ = ("_block_size", "_last", "_num_blocks", "_salt")

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 
-from cluster.core.request import SamplingParams
+from cluster.core.request import FinishReason, SamplingParams
 from cluster.core.step import NewSequence
 from cluster.engine.hash_chain import HashChain
 
@@ -14,6 +14,7 @@ class Sequence:
 
     Attributes:
         token_ids: prompt first; grows by one with every sample.
+        num_emitted_tokens: of its completion, those that it came with: they were sampled elsewhere.
         stop_token_ids: ids that end it: end of text unless ignored, and the request's own.
         hash_chain: of its blocks; None where prefixes are not cached.
         cached_tokens: tokens of the prompt whose KV was found when it, or the first of its siblings, started; None:
@@ -24,6 +25,7 @@ class Sequence:
         "cached_tokens",
         "candidate_index",
         "hash_chain",
+        "num_emitted_tokens",
         "num_prompt_tokens",
         "sampling",
         "sequence_id",
@@ -41,6 +43,7 @@ class Sequence:
         prompt_token_ids: Iterable[int],
         sampling: SamplingParams,
         stop_token_ids: tuple[int, ...],
+        emitted_token_ids: Iterable[int] = (),
         hash_chain: HashChain | None = None,
     ) -> None:
         self.sequence_id = sequence_id
@@ -48,6 +51,8 @@ class Sequence:
         self.candidate_index = candidate_index
         self.token_ids = list(prompt_token_ids)
         self.num_prompt_tokens = len(self.token_ids)
+        self.token_ids += emitted_token_ids
+        self.num_emitted_tokens = len(self.token_ids) - self.num_prompt_tokens
         self.sampling = sampling
         self.stop_token_ids = stop_token_ids
         self.hash_chain = hash_chain
@@ -57,9 +62,25 @@ class Sequence:
     def num_output_tokens(self) -> int:
         return len(self.token_ids) - self.num_prompt_tokens
 
+    @property
+    def num_sampled_tokens(self) -> int:
+        """Here, in this engine."""
+        return self.num_output_tokens - self.num_emitted_tokens
+
+    @property
+    def finish_reason(self) -> FinishReason | None:
+        """Why nothing comes after its last token; None: something does. ``sampling.max_tokens`` is set."""
+        if self.num_output_tokens > 0 and self._ends_at(self.token_ids[-1]):
+            return FinishReason.STOP
+        max_tokens = self.sampling.max_tokens
+        return FinishReason.LENGTH if max_tokens is not None and self.num_output_tokens >= max_tokens else None
+
     def append(self, token_id: int) -> bool:
         """Adds a sampled token; whether it ends the text."""
         self.token_ids.append(token_id)
+        return self._ends_at(token_id)
+
+    def _ends_at(self, token_id: int) -> bool:
         return token_id in self.stop_token_ids and self.num_output_tokens > self.sampling.min_tokens
 
     def whole(self) -> NewSequence:

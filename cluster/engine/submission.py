@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
 from cluster.core.request import FinishReason, Priority, SamplingParams
@@ -12,7 +12,7 @@ from cluster.errors import ClusterError
 
 @dataclass(frozen=True, kw_only=True)
 class Submission:
-    """A request for ``sampling.n`` candidates.
+    """A request for ``sampling.n`` candidates, or for what is missing of some of them.
 
     Attributes:
         submission_id: the caller's; unique among live submissions.
@@ -21,6 +21,9 @@ class Submission:
         priority: class.
         deadline: on the engine's clock, in seconds; None: none.
         cache_salt: only submissions with the same salt share cached blocks.
+        emitted: where the work goes on that another engine began: the candidates that are to go on, by index, with the
+            tokens of each, maybe none. They count as its completion and are not emitted again; what follows is what
+            would have followed there. Empty: all candidates, from the beginning.
     """
 
     submission_id: int
@@ -29,6 +32,7 @@ class Submission:
     priority: Priority = Priority.P1
     deadline: float | None = None
     cache_salt: str = ""
+    emitted: Mapping[int, Sequence[int]] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -36,6 +40,7 @@ class Delta:
     """What one step added to one candidate.
 
     Attributes:
+        token_ids: none where all of them were emitted elsewhere.
         finish_reason: on its last delta.
         cached_tokens: tokens of the prompt whose KV was found in the prefix cache; on its first and last delta, since
             the reader of a stream may be the one who ends it.
@@ -57,14 +62,11 @@ class Failure:
         error: why. ReplicaLost: the engine has died, and the submission can go on elsewhere from what was emitted.
         num_emitted_tokens: with ReplicaLost, of each candidate that was not done, by its index, how many tokens its
             deltas have brought. No more will come.
-        has_emitted: with ReplicaLost, whether a token of any candidate was emitted, or one of them was done or
-            cancelled; if not, the submission can be sent elsewhere as it is.
     """
 
     submission_id: int
     error: ClusterError
     num_emitted_tokens: dict[int, int] = field(default_factory=dict)
-    has_emitted: bool = False
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

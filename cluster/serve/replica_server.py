@@ -6,7 +6,7 @@ import asyncio
 import hmac
 import itertools
 import time
-from collections.abc import AsyncIterator, Callable, Mapping
+from collections.abc import AsyncIterator, Callable, Iterable, Mapping
 
 import grpc
 
@@ -62,10 +62,10 @@ class _Route:
 
     __slots__ = ("candidates", "stream", "wire_id")
 
-    def __init__(self, stream: _Stream, wire_id: int, num_candidates: int) -> None:
+    def __init__(self, stream: _Stream, wire_id: int, candidates: Iterable[int]) -> None:
         self.stream = stream
         self.wire_id = wire_id
-        self.candidates = set(range(num_candidates))
+        self.candidates = set(candidates)
 
 
 class ReplicaServer(replica_pb2_grpc.ReplicaServiceServicer):
@@ -245,12 +245,16 @@ class ReplicaServer(replica_pb2_grpc.ReplicaServiceServicer):
                 priority=priority,
                 deadline=time.monotonic() + message.deadline_ms / 1000 if message.HasField("deadline_ms") else None,
                 cache_salt=message.cache_salt,
+                emitted={emitted.candidate_index: list(emitted.token_ids) for emitted in message.emitted},
             )
+            if len(submission.emitted) < len(message.emitted):
+                raise InvalidRequest("emitted names a candidate twice", field="emitted")
         except ClusterError as error:
             self._fail(stream, message.id, error)
             return None
         stream.submission_ids[message.id] = submission.submission_id
-        self._routes[submission.submission_id] = _Route(stream, message.id, submission.sampling.n)
+        candidates = submission.emitted or range(submission.sampling.n)
+        self._routes[submission.submission_id] = _Route(stream, message.id, candidates)
         self._idle.clear()
         return submission
 
