@@ -25,12 +25,23 @@ def letters(submit: replica_pb2.Submit, candidate_index: int) -> list[int]:
     return rng.choices(b"abcdefghijklmnopqrstuvwxyz ", k=submit.sampling.max_tokens)
 
 
+TIMES = replica_pb2.StayTimes(queue_s=0.25, prefill_s=0.5, decode_s=2.0, preempted_s=0.125, num_preemptions=3)
+
+
+def fingerprint(**fields: object) -> replica_pb2.Fingerprint:
+    """Of a replica whose tokens are the same in any batch, unless told otherwise."""
+    fields = {"model_digest": "model", "weight_format": "float32", "processor": "cpu", "batch_invariant": True} | fields
+    return replica_pb2.Fingerprint(**fields)
+
+
 class _Sequence:
-    def __init__(self, submit: replica_pb2.Submit, candidate_index: int, token_ids: Sequence[int]) -> None:
+    def __init__(
+        self, submit: replica_pb2.Submit, candidate_index: int, token_ids: Sequence[int], position: int = 0
+    ) -> None:
         self.submit = submit
         self.candidate_index = candidate_index
         self.token_ids = list(token_ids)[: submit.sampling.max_tokens]
-        self.position = 0
+        self.position = position
 
     def step(self, num_tokens: int) -> replica_pb2.TokenDelta:
         end = min(self.position + num_tokens, len(self.token_ids))
@@ -48,20 +59,35 @@ class _Sequence:
         if end == len(self.token_ids):
             stopped = bool(token_ids) and token_ids[-1] == EOS
             delta.finish_reason = inference_pb2.FINISH_REASON_STOP if stopped else inference_pb2.FINISH_REASON_LENGTH
+            delta.times.CopyFrom(TIMES)
         return delta
+
+
+class _Stream:
+    """One gateway's stream: what runs for it by (submission id, candidate index), and what it is to be told."""
+
+    def __init__(self) -> None:
+        self.running: dict[tuple[int, int], _Sequence] = {}
+        self.news = replica_pb2.ReplicaFrame()
+
+    def end(self, submission_id: int, reason: str, message: str) -> None:
+        self.running = {key: sequence for key, sequence in self.running.items() if key[0] != submission_id}
+        self.news.failures.add(id=submission_id, reason=reason, message=message)
 
 
 class FakeReplica(replica_pb2_grpc.ReplicaServiceServicer):
     """Emits ``tokens_per_step`` tokens of each running candidate per step, all in one frame.
 
+    Takes over what another has begun, and ends a submission whose emitted tokens are not those of its own script.
+
     Args:
         script: the whole completion of a candidate; EOS in its end makes it STOP, else it is LENGTH.
         step_s: pace; 0 is as fast as it goes.
         gated: steps only happen when ``allow`` was called.
+        exact: whether a submission's emitted tokens must be those of the script.
 
     Attributes:
         submits, cancels: what came in, in order.
-        running: live candidates by (submission id, candidate index).
         refusal: where set, submits are answered with this failure.
     """
 
@@ -78,11 +104,12 @@ class FakeReplica(replica_pb2_grpc.ReplicaServiceServicer):
         tokens_per_step: int = 1,
         step_s: float = 0.0,
         gated: bool = False,
+        fingerprint: replica_pb2.Fingerprint = fingerprint(),  # noqa: B008 - never changed
+        exact: bool = True,
     ) -> None:
         self.replica_id = replica_id
         self.submits: list[replica_pb2.Submit] = []
         self.cancels: list[replica_pb2.Cancel] = []
-        self.running: dict[tuple[int, int], _Sequence] = {}
         self.refusal: replica_pb2.Failure | None = None
         self.num_connections = 0
         self.num_rejected = 0
@@ -96,7 +123,14 @@ class FakeReplica(replica_pb2_grpc.ReplicaServiceServicer):
             device="cpu",
             kv_capacity_tokens=1600,
             protocol_version=protocol_version,
+            batch_invariant=fingerprint.batch_invariant,
+            fingerprint=fingerprint,
+            block_size=16,
+            max_num_seqs=64,
+            max_num_batched_tokens=2048,
         )
+        self._exact = exact
+        self._streams: list[_Stream] = []
         self._script = script
         self._secret = secret
         self._tokens_per_step = tokens_per_step
@@ -104,10 +138,14 @@ class FakeReplica(replica_pb2_grpc.ReplicaServiceServicer):
         self._gated = gated
         self._allowed = 0
         self._draining = False
-        self._news = replica_pb2.ReplicaFrame()
         self._changed = asyncio.Condition()
         self._server: grpc.aio.Server | None = None
         self._port = 0
+
+    @property
+    def running(self) -> list[tuple[int, int]]:
+        """Submission id and candidate index of what runs."""
+        return [key for stream in self._streams for key in stream.running]
 
     # -- control ------------------------------------------------------------------------------------------------------
 
@@ -136,31 +174,35 @@ class FakeReplica(replica_pb2_grpc.ReplicaServiceServicer):
     async def drain(self) -> None:
         """Says that it takes no new work."""
         async with self._changed:
-            self._draining = True
-            self._news.load.CopyFrom(self._load())
+            self._set_draining()
             self._changed.notify_all()
 
     async def fail(self, submission_id: int, message: str) -> None:
         """Ends a running submission as an engine's fault does."""
         async with self._changed:
-            self.running = {key: sequence for key, sequence in self.running.items() if key[0] != submission_id}
-            self._news.failures.add(id=submission_id, reason="ENGINE_FAULT", message=message)
+            for stream in self._streams:
+                stream.end(submission_id, "ENGINE_FAULT", message)
             self._changed.notify_all()
 
     async def hand_back(self, why: str) -> None:
         """Dies as an engine does that has lost its model: what runs can go on elsewhere."""
         async with self._changed:
-            for (submission_id, index), sequence in self.running.items():
-                self._news.failures.add(
-                    id=submission_id,
-                    reason="REPLICA_LOST",
-                    message=why,
-                    num_emitted_tokens={index: sequence.position},
-                )
-            self.running.clear()
-            self._draining = True
-            self._news.load.CopyFrom(self._load())
+            for stream in self._streams:
+                emitted: dict[int, dict[int, int]] = {}
+                for (submission_id, index), sequence in stream.running.items():
+                    emitted.setdefault(submission_id, {})[index] = sequence.position
+                for submission_id, counts in emitted.items():
+                    stream.news.failures.add(
+                        id=submission_id, reason="REPLICA_LOST", message=why, num_emitted_tokens=counts
+                    )
+                stream.running.clear()
+            self._set_draining()
             self._changed.notify_all()
+
+    def _set_draining(self) -> None:
+        self._draining = True
+        for stream in self._streams:
+            stream.news.load.CopyFrom(self._load())
 
     async def until(self, condition: Callable[[], bool]) -> None:
         """Waits until ``condition`` holds; it is looked at whenever something came in or ended."""
@@ -179,58 +221,81 @@ class FakeReplica(replica_pb2_grpc.ReplicaServiceServicer):
             self.num_connections += 1
             self._changed.notify_all()
         await context.write(replica_pb2.ReplicaFrame(hello=self._hello, load=self._load()))
-        reader = asyncio.create_task(self._read(request_iterator))
+        stream = _Stream()
+        self._streams.append(stream)
+        reader = asyncio.create_task(self._read(stream, request_iterator))
         try:
             while not reader.done():
-                await self._step(context)
+                await self._step(stream, context)
         finally:
             reader.cancel()
             async with self._changed:
-                self.running.clear()
+                self._streams.remove(stream)
                 self._changed.notify_all()
 
     def _load(self) -> replica_pb2.ReplicaLoad:
         return replica_pb2.ReplicaLoad(
-            running=len(self.running), free_blocks=75, num_blocks=100, draining=self._draining
+            running=len(self.running),
+            free_blocks=75,
+            num_blocks=100,
+            draining=self._draining,
+            num_gateways=max(len(self._streams), 1),
         )
 
-    async def _read(self, frames) -> None:
+    async def _read(self, stream: _Stream, frames) -> None:
         async for frame in frames:
             async with self._changed:
                 for submit in frame.submits:
-                    self._submit(submit)
+                    self._submit(stream, submit)
                 for cancel in frame.cancels:
-                    self._cancel(cancel)
+                    self._cancel(stream, cancel)
+                for question in frame.cancels_by_name:
+                    found = self._cancel_by_name(question.generation_id)
+                    stream.news.cancel_replies.add(id=question.id, found=found)
                 self._changed.notify_all()
 
-    def _submit(self, submit: replica_pb2.Submit) -> None:
+    def _submit(self, stream: _Stream, submit: replica_pb2.Submit) -> None:
         self.submits.append(submit)
         if self.refusal is not None:
-            failure = self._news.failures.add()
+            failure = stream.news.failures.add()
             failure.CopyFrom(self.refusal)
             failure.id = submit.id
             return
-        for index in range(submit.sampling.n):
-            self.running[submit.id, index] = _Sequence(submit, index, self._script(submit, index))
+        begun = {emitted.candidate_index: list(emitted.token_ids) for emitted in submit.emitted}
+        for index in begun or range(submit.sampling.n):
+            sequence = _Sequence(submit, index, self._script(submit, index), len(begun.get(index, ())))
+            if self._exact and begun and sequence.token_ids[: sequence.position] != begun[index]:
+                stream.end(submit.id, "INVALID_REQUEST", f"candidate {index} goes on after tokens that were never sent")
+                return
+            stream.running[submit.id, index] = sequence
 
-    def _cancel(self, cancel: replica_pb2.Cancel) -> None:
+    def _cancel(self, stream: _Stream, cancel: replica_pb2.Cancel) -> None:
         self.cancels.append(cancel)
-        for key in list(self.running):
+        for key in list(stream.running):
             if key[0] == cancel.id and (not cancel.HasField("candidate_index") or key[1] == cancel.candidate_index):
-                del self.running[key]
+                del stream.running[key]
 
-    async def _step(self, context: grpc.aio.ServicerContext) -> None:
+    def _cancel_by_name(self, generation_id: str) -> bool:
+        found = False
+        for stream in self._streams:
+            named = {s.submit.id for s in stream.running.values() if s.submit.generation_id == generation_id}
+            for submission_id in named:
+                stream.end(submission_id, "CANCELLED", "cancelled by CancelGeneration")
+            found |= bool(named)
+        return found
+
+    async def _step(self, stream: _Stream, context: grpc.aio.ServicerContext) -> None:
         async with self._changed:
             await self._changed.wait_for(
-                lambda: self._news.ByteSize() or (self.running and (self._allowed or not self._gated))
+                lambda: stream.news.ByteSize() or (stream.running and (self._allowed or not self._gated))
             )
-            frame, self._news = self._news, replica_pb2.ReplicaFrame()
-            if self.running and (self._allowed or not self._gated):
+            frame, stream.news = stream.news, replica_pb2.ReplicaFrame()
+            if stream.running and (self._allowed or not self._gated):
                 self._allowed -= self._gated
-                for key, sequence in list(self.running.items()):
+                for key, sequence in list(stream.running.items()):
                     frame.deltas.append(sequence.step(self._tokens_per_step))
                     if sequence.position == len(sequence.token_ids):
-                        del self.running[key]
+                        del stream.running[key]
                 self._changed.notify_all()
             frame.load.CopyFrom(self._load())
         await context.write(frame)
