@@ -15,6 +15,7 @@ from cluster.engine.config import EngineConfig
 from cluster.engine.executor import Executor, ModelInfo
 from cluster.engine.intake import Intake
 from cluster.engine.sequence import Sequence
+from cluster.engine.stay import StayTimes
 from cluster.engine.submission import Delta, EngineLoad, Failure, StepEvents, Submission
 from cluster.errors import AlreadyExists, DeadlineExceeded, EngineFault, ReplicaLost
 
@@ -103,6 +104,7 @@ class Engine:
                 logprobs=[],
                 finish_reason=sequence.finish_reason,
                 cached_tokens=0,
+                times=StayTimes(),
             )
             for sequence, _ in candidates
             if sequence.finish_reason is not None
@@ -130,7 +132,12 @@ class Engine:
         self._done = []
         try:
             while len(self._in_flight) < self._executor.max_in_flight:
-                schedule = self._scheduler.schedule(self._clock())
+                now = self._clock()
+                schedule = self._scheduler.schedule(now)
+                for sequence_id in schedule.preempted:
+                    self._sequences[sequence_id].stay.leave(now)
+                for sequence_id in schedule.started:
+                    self._sequences[sequence_id].stay.enter(now)
                 events.failures.extend(self._fail_expired(schedule))
                 if not schedule.scheduled:
                     break
@@ -142,7 +149,7 @@ class Engine:
                 schedule, submitted_at = self._in_flight.popleft()
                 # A step that was submitted while another ran began when that one ended.
                 began_at, self._collected_at = max(submitted_at, self._collected_at), self._clock()
-                self._take_in(schedule, output, self._collected_at - began_at, events)
+                self._take_in(schedule, output, began_at, events)
         except EngineFault as fault:
             events.failures.extend(self._hand_back(fault))
             self._die(fault)
@@ -178,7 +185,8 @@ class Engine:
             copies=schedule.copies,
         )
 
-    def _take_in(self, schedule: Schedule, output: StepOutput, duration_s: float, events: StepEvents) -> None:
+    def _take_in(self, schedule: Schedule, output: StepOutput, began_at: float, events: StepEvents) -> None:
+        now = self._collected_at
         stopped: set[int] = set()
         failed: dict[int, str] = {}  # by submission: a candidate's failure ends its siblings, and nobody else
         for share in schedule.scheduled:
@@ -201,13 +209,15 @@ class Engine:
                 stopped.add(share.sequence_id)
             elif sequence.hash_chain is not None and len(sequence.token_ids) % self.model.block_size == 0:
                 filled[share.sequence_id] = sequence.hash_chain.extend(sequence.token_ids)
+            if sequence.num_sampled_tokens == 1:
+                sequence.stay.sample(now)
             sampled.append((sequence, token))
         events.failures.extend(
             Failure(submission_id=submission_id, error=EngineFault(why)) for submission_id, why in failed.items()
         )
         finished = dict(
             self._scheduler.update(
-                schedule, stopped, block_hashes=filled, duration_s=duration_s, parking_s=output.parking_s
+                schedule, stopped, block_hashes=filled, duration_s=now - began_at, parking_s=output.parking_s
             )
         )
         for sequence_id in finished:
@@ -222,6 +232,7 @@ class Engine:
                 cached_tokens=(sequence.cached_tokens or 0)
                 if sequence.num_sampled_tokens == 1 or sequence.sequence_id in finished
                 else 0,
+                times=sequence.stay.end(now) if sequence.sequence_id in finished else None,
             )
             for sequence, token in sampled
             if sequence.submission_id not in failed

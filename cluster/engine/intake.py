@@ -53,6 +53,7 @@ class Intake:
                 submission_id=submission.submission_id,
                 candidate_index=candidate_index,
                 prompt_token_ids=prompt,
+                arrived_at=arrival,
                 emitted_token_ids=emitted[candidate_index],
                 sampling=sampling,
                 stop_token_ids=(*eos_token_ids, *sampling.stop_token_ids),

@@ -7,6 +7,7 @@ from collections.abc import Iterable
 from cluster.core.request import FinishReason, SamplingParams
 from cluster.core.step import NewSequence
 from cluster.engine.hash_chain import HashChain
+from cluster.engine.stay import Stay
 
 
 class Sequence:
@@ -17,6 +18,7 @@ class Sequence:
         num_emitted_tokens: of its completion, those that it came with: they were sampled elsewhere.
         stop_token_ids: ids that end it: end of text unless ignored, and the request's own.
         hash_chain: of its blocks; None where prefixes are not cached.
+        stay: where it is, and has been.
         cached_tokens: tokens of the prompt whose KV was found when it, or the first of its siblings, started; None:
             that is still to come.
     """
@@ -29,6 +31,7 @@ class Sequence:
         "num_prompt_tokens",
         "sampling",
         "sequence_id",
+        "stay",
         "stop_token_ids",
         "submission_id",
         "token_ids",
@@ -43,6 +46,7 @@ class Sequence:
         prompt_token_ids: Iterable[int],
         sampling: SamplingParams,
         stop_token_ids: tuple[int, ...],
+        arrived_at: float,
         emitted_token_ids: Iterable[int] = (),
         hash_chain: HashChain | None = None,
     ) -> None:
@@ -56,6 +60,7 @@ class Sequence:
         self.sampling = sampling
         self.stop_token_ids = stop_token_ids
         self.hash_chain = hash_chain
+        self.stay = Stay(arrived_at)
         self.cached_tokens: int | None = None
 
     @property

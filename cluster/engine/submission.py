@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 
 from cluster.core.request import FinishReason, Priority, SamplingParams
 from cluster.core.step import SampledToken
+from cluster.engine.stay import StayTimes
 from cluster.errors import ClusterError
 
 
@@ -44,6 +45,7 @@ class Delta:
         finish_reason: on its last delta.
         cached_tokens: tokens of the prompt whose KV was found in the prefix cache; on its first and last delta, since
             the reader of a stream may be the one who ends it.
+        times: on its last delta.
     """
 
     submission_id: int
@@ -52,6 +54,7 @@ class Delta:
     logprobs: list[SampledToken]
     finish_reason: FinishReason | None
     cached_tokens: int
+    times: StayTimes | None = None
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -147,9 +147,9 @@ class EngineThread:
             events = engine.step() if engine.has_work else StepEvents()
             if failures:
                 events.failures.extend(failures)
+            self._fault = engine.fault  # whoever hears how the work ended may ask why
             self._call_soon(self._on_step, events, engine.load())
-            if engine.fault is not None:
-                self._fault = engine.fault
+            if self._fault is not None:
                 return
 
     def _obey(self, engine: Engine) -> list[Failure]:

@@ -7,6 +7,7 @@ import hmac
 import itertools
 import time
 from collections.abc import AsyncIterator, Callable, Iterable, Mapping
+from dataclasses import asdict
 
 import grpc
 
@@ -354,3 +355,5 @@ def _append(frame: replica_pb2.ReplicaFrame, wire_id: int, delta: Delta) -> None
         message.finish_reason = finish_reason_to_proto(delta.finish_reason)
     if delta.cached_tokens:
         message.cached_tokens = delta.cached_tokens
+    if delta.times is not None:
+        message.times.CopyFrom(replica_pb2.StayTimes(**asdict(delta.times)))

@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import queue
 import threading
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
 
 import grpc
@@ -187,11 +187,15 @@ def tokens(frames: list[replica_pb2.ReplicaFrame], wire_id: int, candidate_index
     ]
 
 
+async def until(holds: Callable[[], object]) -> None:
+    async with asyncio.timeout(10):
+        while not holds():  # noqa: ASYNC110 - the product has no event for this
+            await asyncio.sleep(0.001)
+
+
 async def until_routes(cluster: Cluster, count: int) -> None:
     """Waits until the server follows ``count`` submissions; what it took in or cancelled is in the engine's inbox."""
-    async with asyncio.timeout(10):
-        while len(cluster.server._routes) != count:  # noqa: ASYNC110 - the product has no event for this
-            await asyncio.sleep(0.001)
+    await until(lambda: len(cluster.server._routes) == count)
 
 
 async def until_added(cluster: Cluster) -> Submission:
@@ -365,6 +369,7 @@ async def test_a_dead_engine_hands_back_what_ran_and_says_so(cluster: Cluster, e
         assert all(str(error) in f.message for frame in frames for f in frame.failures)
         if not frames[-1].load.draining:
             await stream.read_until(lambda frame: frame.load.draining)
+        await until(lambda: cluster.faults)
         with pytest.raises(EngineFault, match=str(error)):
             cluster.server.check()
         assert len(cluster.faults) == 1
