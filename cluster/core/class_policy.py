@@ -84,3 +84,20 @@ class ClassPolicy:
                 self._balances[each] = max(earned - num_tokens, min(balance, -max(self._burst_tokens, num_tokens)))
             else:
                 self._balances[each] = min(earned, self._burst_tokens if each in waiting else 0.0)
+
+    def refund(self, priority: Priority, num_tokens: int, waiting: Container[Priority]) -> None:
+        """Takes back a part of a charge for service that was not needed: what the class paid, and what the others
+        earned by it. As a class that does not wait had not earned beyond 0, it does not lose below 0 either.
+
+        Args:
+            priority: the class that was charged.
+            num_tokens: how much of its charges it did not use.
+            waiting: as in ``charge``.
+        """
+        for each, balance in self._balances.items():
+            unearned = balance - self._shares[each] * num_tokens
+            if each is priority:
+                limit = self._burst_tokens if each in waiting else 0.0
+                self._balances[each] = max(balance, min(unearned + num_tokens, limit))
+            else:
+                self._balances[each] = unearned if each in waiting else max(unearned, min(balance, 0.0))

@@ -17,10 +17,18 @@ class ClassConfig:
         share: part of the work that the class gets whenever it has enough of its own, in (0, 1]; what it leaves goes to
             the others.
         target_ms: how soon a request should get its turn, in milliseconds; null: whenever there is time.
+        max_e2e_ms: how long a request of the class may take from its arrival to its end, in milliseconds; its deadline
+            is no later than that. null: only its own deadline counts.
+        max_queued_requests: of the class, that may wait at a gateway for one model; null: as many as all classes.
+        max_queued_tokens: of the class, that may wait at a gateway for one model, prompts and expected completions;
+            null: as many as all classes.
     """
 
     share: float
     target_ms: float | None = None
+    max_e2e_ms: float | None = None
+    max_queued_requests: int | None = None
+    max_queued_tokens: int | None = None
 
     def __post_init__(self) -> None:
         require(0 < self.share <= 1, "share", f"is {self.share}; it must be above 0 and at most 1")
@@ -29,11 +37,24 @@ class ClassConfig:
             "target_ms",
             f"is {self.target_ms}; it must be above 0, or null",
         )
+        require(
+            self.max_e2e_ms is None or 0 < self.max_e2e_ms < math.inf,
+            "max_e2e_ms",
+            f"is {self.max_e2e_ms}; it must be above 0, or null",
+        )
+        for name in ("max_queued_requests", "max_queued_tokens"):
+            value = getattr(self, name)
+            require(value is None or value >= 1, name, f"is {value}; it must be at least 1, or null")
 
     @property
     def target_s(self) -> float:
         """Infinite where there is none."""
         return math.inf if self.target_ms is None else self.target_ms / 1e3
+
+    @property
+    def max_e2e_s(self) -> float:
+        """Infinite where there is none."""
+        return math.inf if self.max_e2e_ms is None else self.max_e2e_ms / 1e3
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -58,6 +79,25 @@ class ClassesConfig:
 
     def by_priority(self) -> dict[Priority, ClassConfig]:
         return dict(zip(Priority, (self.p0, self.p1, self.p2, self.p3), strict=True))
+
+
+@dataclass(frozen=True, kw_only=True)
+class AdmissionConfig:
+    """How much may wait at a gateway for one model. Each class may have its share of it in any case; where more comes,
+    the lowest class that has more than its share gives way.
+
+    Attributes:
+        max_queued_requests: of all classes together.
+        max_queued_tokens: of all classes together, prompts and expected completions. A class of which nothing waits may
+            have one request of any size.
+    """
+
+    max_queued_requests: int = 2048
+    max_queued_tokens: int = 2**21
+
+    def __post_init__(self) -> None:
+        require(self.max_queued_requests >= 1, "max_queued_requests", "must be at least 1")
+        require(self.max_queued_tokens >= 1, "max_queued_tokens", "must be at least 1")
 
 
 @dataclass(frozen=True, kw_only=True)

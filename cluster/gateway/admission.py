@@ -1,0 +1,285 @@
+"""The turnstile of one model: who may enter, and who has to wait for how long."""
+
+from __future__ import annotations
+
+import asyncio
+import math
+import time
+from collections.abc import Callable
+from typing import Protocol
+
+from cluster.core.admission import AdmissionQueue, ClassBacklog
+from cluster.core.config import AdmissionConfig, ClassesConfig
+from cluster.core.fair_queue import QueuedRequest
+from cluster.core.request import Priority
+from cluster.core.token_estimate import BytesPerToken, CompletionLength
+from cluster.errors import ClusterError, DeadlineExceeded, Overloaded
+
+
+class Room(Protocol):
+    """What an admission wants to know of the replicas, as the model's balancer does."""
+
+    def has_room(self, priority: Priority) -> bool:
+        """Whether some replica may be given one more request of the class."""
+        ...
+
+    def on_room(self, callback: Callable[[], None]) -> None:
+        """Has ``callback`` called on the event loop whenever room may have appeared."""
+        ...
+
+
+class Admission:
+    """Lets requests for one model in, by what waits for it, and to the replicas, in turn. Event loop only.
+
+    Args:
+        config: bounds of the queue.
+        classes: shares, targets and bounds of the priority classes.
+        room: of the model's replicas.
+        replica_ttft_s: how soon a replica would have a first token for a prompt of so many tokens in a class, in
+            seconds; None: not known.
+        known_rate: tokens per second that the model's replicas say they serve; None: not known.
+        clock: monotonic seconds.
+    """
+
+    def __init__(
+        self,
+        config: AdmissionConfig,
+        classes: ClassesConfig,
+        room: Room,
+        *,
+        replica_ttft_s: Callable[[Priority, int], float | None] = lambda priority, num_tokens: None,
+        known_rate: Callable[[], float | None] = lambda: None,
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
+        self._queue = AdmissionQueue(config, classes, known_rate=known_rate)
+        self._classes = classes.by_priority()
+        self._room = room
+        self._replica_ttft_s = replica_ttft_s
+        self._clock = clock
+        self._bytes_per_token = BytesPerToken()
+        self._completions = {priority: CompletionLength() for priority in Priority}
+        self._tickets: dict[QueuedRequest, Ticket] = {}
+        self._is_placing = False
+        room.on_room(self._give_turns)
+
+    def backlog(self) -> dict[Priority, ClassBacklog]:
+        """What waits, by class."""
+        return self._queue.backlog(self._clock())
+
+    def enter(
+        self,
+        *,
+        priority: Priority,
+        tenant: str,
+        num_bytes: int,
+        max_tokens: int | None,
+        n: int = 1,
+        deadline_s: float = math.inf,
+        max_ttft_s: float = math.inf,
+        num_tokens: int | None = None,
+    ) -> Ticket:
+        """Lets a request in before it is tokenized, at once or never. Whoever has a ticket leaves with it.
+
+        Args:
+            num_bytes: of its text.
+            max_tokens: of each completion; None: as many as the context holds.
+            n: completions.
+            deadline_s: until its deadline.
+            max_ttft_s: until its first token at the latest.
+            num_tokens: of its prompt, where that is known without tokenizing.
+
+        Raises:
+            Overloaded: too much waits, or it would wait longer than it may.
+        """
+        now = self._clock()
+        deadline_s = min(deadline_s, self._classes[priority].max_e2e_s)
+        if num_tokens is None:
+            num_prompt_tokens = self._bytes_per_token.num_tokens(num_bytes)
+        else:
+            num_prompt_tokens, num_bytes = num_tokens, 0
+        num_expected_tokens = self._completions[priority].expected(max_tokens, n)
+        request, pushed_out = self._queue.add(
+            now=now,
+            priority=priority,
+            tenant=tenant,
+            num_tokens=num_prompt_tokens + num_expected_tokens,
+            max_ttft_s=max_ttft_s,
+            deadline=now + deadline_s,
+        )
+        self._push_out(pushed_out)
+        ticket = Ticket(
+            self,
+            request,
+            num_bytes=num_bytes,
+            num_expected_tokens=num_expected_tokens,
+            n=n,
+            deadline=now + deadline_s,
+            max_ttft_s=max_ttft_s,
+        )
+        self._tickets[request] = ticket
+        try:
+            self._check_forecast(ticket, num_prompt_tokens)
+        except Overloaded:
+            ticket.leave(0)
+            raise
+        return ticket
+
+    def _check_forecast(self, ticket: Ticket, num_prompt_tokens: int) -> None:
+        """Raises Overloaded where the first token is predicted to come too late."""
+        request = ticket.request
+        now = self._clock()
+        within_s = min(request.arrival + ticket.max_ttft_s, ticket.deadline) - now
+        if math.isinf(within_s):
+            return
+        wait_s = self._queue.wait_s(request)
+        replica_s = self._replica_ttft_s(request.priority, num_prompt_tokens)
+        if wait_s is None and replica_s is None:
+            return
+        predicted_s = (wait_s or 0.0) + (replica_s or 0.0)
+        if predicted_s > within_s:
+            retry_after_s = max(predicted_s - within_s, 0.05)
+            raise Overloaded(
+                f"the first token is predicted to come in {predicted_s:.2f} s, and may take {within_s:.2f} s at most; "
+                f"come back in {retry_after_s:.2f} s, or allow more",
+                field="max_ttft_ms" if math.isfinite(ticket.max_ttft_s) else "",
+                retry_after_s=retry_after_s,
+            )
+
+    def _push_out(self, requests: list[QueuedRequest]) -> None:
+        for request in requests:
+            retry_after_s = self._queue.retry_after_s(request.priority)
+            self._tickets[request].refuse(
+                Overloaded(
+                    f"gave way to others while it waited: too much waits at this gateway, and class "
+                    f"{request.priority.name} has more than its share; come back in {retry_after_s:.2f} s",
+                    retry_after_s=retry_after_s,
+                )
+            )
+
+    def _give_turns(self) -> None:
+        """Gives the next one its turn. Those after it have to wait until it is placed: it takes room."""
+        if self._is_placing:
+            return
+        request = self._queue.pop(self._clock(), self._room.has_room)
+        if request is None:
+            return
+        self._tickets[request].give_turn()
+        if self._queue.num_ready:
+            # Runs after the task that waits for this turn: its wake-up was put in the event loop's queue before.
+            self._is_placing = True
+            asyncio.get_running_loop().call_soon(self._placed)
+
+    def _placed(self) -> None:
+        self._is_placing = False
+        self._give_turns()
+
+
+class Ticket:
+    """A request's way through an admission: ``count``, ``turn``, and ``leave`` whatever happens."""
+
+    def __init__(
+        self,
+        admission: Admission,
+        request: QueuedRequest,
+        *,
+        num_bytes: int,
+        num_expected_tokens: int,
+        n: int,
+        deadline: float,
+        max_ttft_s: float,
+    ) -> None:
+        self.request = request
+        self.deadline = deadline
+        self.max_ttft_s = max_ttft_s
+        self._admission = admission
+        self._num_bytes = num_bytes
+        self._num_expected_tokens = num_expected_tokens
+        self._n = n
+        self._had_turn = False
+        self._has_left = False
+        self._refusal: ClusterError | None = None
+        self._waiter: asyncio.Future[None] | None = None
+
+    @property
+    def position(self) -> int:
+        """How many go first, as things stand."""
+        return self._admission._queue.position(self.request) if self.request.is_queued else 0
+
+    @property
+    def eta_s(self) -> float | None:
+        """Until its turn, as things stand; None: not known."""
+        return self._admission._queue.wait_s(self.request) if self.request.is_queued else 0.0
+
+    def count(self, num_prompt_tokens: int, cached_tokens: int = 0) -> None:
+        """Says how many tokens the prompt has, and how many of them need not be computed.
+
+        Raises:
+            Overloaded: it gave way to others meanwhile, or with so many tokens there is no room, or its first token
+                would come too late.
+        """
+        self._check_refusal()
+        admission = self._admission
+        if self._num_bytes:
+            admission._bytes_per_token.observe(self._num_bytes, num_prompt_tokens)
+        num_tokens = max(num_prompt_tokens - cached_tokens, 0) + self._num_expected_tokens
+        admission._push_out(admission._queue.resize(self.request, num_tokens))
+        admission._check_forecast(self, num_prompt_tokens - cached_tokens)
+
+    async def turn(self) -> None:
+        """Returns when it may be placed, which has to follow at once: the next one waits for that.
+
+        Raises:
+            Overloaded: it gave way to others.
+            DeadlineExceeded: its deadline passed first.
+        """
+        self._check_refusal()
+        admission = self._admission
+        admission._queue.make_ready(self.request, admission._clock())
+        admission._give_turns()
+        if self._had_turn:
+            return
+        loop = asyncio.get_running_loop()
+        self._waiter = loop.create_future()
+        timer = None
+        if math.isfinite(self.deadline):
+            timer = loop.call_later(max(self.deadline - admission._clock(), 0.0), self._expire)
+        try:
+            await self._waiter
+        finally:
+            self._waiter = None
+            if timer is not None:
+                timer.cancel()
+
+    def leave(self, num_completion_tokens: int) -> None:
+        """Ends it, queued, running or done; what it did not use is refunded. Once, whatever happened."""
+        if self._has_left:
+            raise RuntimeError("a ticket was left with twice")
+        self._has_left = True
+        admission, request = self._admission, self.request
+        del admission._tickets[request]
+        if request.is_queued:
+            admission._queue.remove(request, admission._clock())
+        elif self._had_turn:
+            admission._completions[request.priority].observe(num_completion_tokens, self._n)
+            num_prompt_tokens = request.num_tokens - self._num_expected_tokens
+            admission._queue.settle(request, num_prompt_tokens + num_completion_tokens)
+
+    def give_turn(self) -> None:
+        self._had_turn = True
+        if self._waiter is not None and not self._waiter.done():
+            self._waiter.set_result(None)
+
+    def refuse(self, error: ClusterError) -> None:
+        """It is out of the queue: whoever waits for its turn gets the error, now or when he asks."""
+        self._refusal = error
+        if self._waiter is not None and not self._waiter.done():
+            self._waiter.set_exception(error)
+
+    def _expire(self) -> None:
+        if self.request.is_queued:
+            self._admission._queue.remove(self.request, self._admission._clock())
+            self.refuse(DeadlineExceeded("the deadline passed before the request had its turn; nothing was executed"))
+
+    def _check_refusal(self) -> None:
+        if self._refusal is not None:
+            raise self._refusal

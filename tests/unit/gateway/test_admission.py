@@ -1,0 +1,260 @@
+"""Tickets: in at once or never, turns in order, out once."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+from collections.abc import AsyncIterator, Callable
+from typing import Any
+
+import pytest
+
+from cluster.core.config import AdmissionConfig, ClassConfig, ClassesConfig
+from cluster.core.request import Priority
+from cluster.errors import DeadlineExceeded, Overloaded
+from cluster.gateway.admission import Admission, Ticket
+
+P0, P1, P2, P3 = Priority
+
+
+class Slots:
+    """Room for a number of requests of any class."""
+
+    def __init__(self, num_free: int) -> None:
+        self.num_free = num_free
+        self.num_asked = 0
+        self._callbacks: list[Callable[[], None]] = []
+
+    def has_room(self, priority: Priority) -> bool:
+        return self.num_free > 0
+
+    def on_room(self, callback: Callable[[], None]) -> None:
+        self._callbacks.append(callback)
+
+    def take(self) -> None:
+        assert self.num_free > 0, "given more turns than there is room"
+        self.num_free -= 1
+
+    def free(self, num: int = 1) -> None:
+        self.num_free += num
+        for callback in self._callbacks:
+            callback()
+
+
+class Gate:
+    """An admission, and requests that take a slot when their turn has come."""
+
+    def __init__(self, num_free: int = 0, *, classes: ClassesConfig | None = None, **bounds: int) -> None:
+        self.now = 100.0
+        self.slots = Slots(num_free)
+        self.admission = Admission(
+            AdmissionConfig(**bounds), classes or ClassesConfig(), self.slots, clock=lambda: self.now
+        )
+        self.placed: list[str] = []
+
+    def enter(self, priority: Priority = P1, **request: Any) -> Ticket:
+        return self.admission.enter(
+            **{"priority": priority, "tenant": "", "num_bytes": 0, "num_tokens": 10, "max_tokens": 10, **request}
+        )
+
+    async def run(self, name: str, ticket: Ticket) -> None:
+        await ticket.turn()
+        self.slots.take()
+        self.placed.append(name)
+
+    def waiting(self) -> int:
+        return sum(each.requests for each in self.admission.backlog().values())
+
+
+@contextlib.asynccontextmanager
+async def waiting(gate: Gate, **tickets: Ticket) -> AsyncIterator[dict[str, asyncio.Task[None]]]:
+    """Tasks that wait for their turns, in this order; ended afterwards."""
+    tasks = {}
+    for name, ticket in tickets.items():
+        tasks[name] = asyncio.create_task(gate.run(name, ticket))
+        await asyncio.sleep(0)
+    yield tasks
+    for task in tasks.values():
+        task.cancel()
+    await asyncio.gather(*tasks.values(), return_exceptions=True)
+
+
+async def settle() -> None:
+    for _ in range(20):
+        await asyncio.sleep(0)
+
+
+async def test_where_there_is_room_a_turn_comes_without_waiting():
+    gate = Gate(1)
+    ticket = gate.enter()
+    ticket.count(12)
+    coroutine = ticket.turn()
+    with pytest.raises(StopIteration):
+        coroutine.send(None)
+    ticket.leave(3)
+    assert gate.waiting() == 0
+
+
+async def test_turns_come_by_class_and_one_for_each_place():
+    gate = Gate()
+    async with waiting(gate, low=gate.enter(P3), high=gate.enter(P0), middle=gate.enter(P1), last=gate.enter(P3)):
+        assert gate.placed == []
+        gate.slots.free(2)
+        await settle()
+        assert gate.placed == ["high", "middle"]
+        gate.slots.free(5)
+        await settle()
+        assert gate.placed == ["high", "middle", "low", "last"]
+        assert gate.slots.num_free == 3
+
+
+async def test_who_is_cancelled_while_it_waits_leaves_the_queue():
+    gate = Gate()
+    ticket = gate.enter()
+    async with waiting(gate, one=ticket, two=gate.enter()) as tasks:
+        tasks["one"].cancel()
+        await settle()
+        ticket.leave(0)
+        assert gate.waiting() == 1
+        gate.slots.free()
+        await settle()
+        assert gate.placed == ["two"]
+
+
+async def test_a_full_queue_refuses_with_a_number():
+    gate = Gate(max_queued_requests=2)
+    gate.enter(P0), gate.enter(P0)
+    with pytest.raises(Overloaded) as caught:
+        gate.enter(P0)
+    assert caught.value.retry_after_s > 0
+    assert gate.waiting() == 2
+
+
+async def test_a_p0_that_finds_the_queue_full_takes_the_place_of_the_newest_of_the_lowest_class():
+    gate = Gate(max_queued_requests=3)
+    tickets = {"first": gate.enter(P3), "second": gate.enter(P2), "third": gate.enter(P3)}
+    async with waiting(gate, **tickets) as tasks:
+        urgent = gate.enter(P0)
+        await settle()
+        with pytest.raises(Overloaded) as caught:
+            tasks["third"].result()
+        assert caught.value.retry_after_s > 0
+        assert not tasks["first"].done() and not tasks["second"].done()
+        tickets["third"].leave(0)
+        assert gate.waiting() == 3
+        urgent.leave(0)
+
+
+async def test_who_gave_way_before_its_turn_hears_of_it_at_the_next_step():
+    gate = Gate(max_queued_requests=1)
+    low = gate.enter(P3)
+    gate.enter(P0)
+    with pytest.raises(Overloaded):
+        low.count(10)
+    with pytest.raises(Overloaded):
+        await low.turn()
+    low.leave(0)
+    assert gate.waiting() == 1
+
+
+async def test_the_exact_count_corrects_the_charge():
+    gate = Gate()
+    ticket = gate.enter(P1, num_bytes=8000, num_tokens=None)
+    assert 0 < gate.admission.backlog()[P1].tokens < 2010
+    ticket.count(5000)
+    assert gate.admission.backlog()[P1].tokens == 5010
+    ticket.leave(0)
+
+
+async def test_the_exact_count_is_refused_where_it_does_not_fit():
+    gate = Gate(max_queued_tokens=1000)
+    gate.enter(P1, num_tokens=500)
+    ticket = gate.enter(P1, num_bytes=400, num_tokens=None)
+    with pytest.raises(Overloaded):
+        ticket.count(600)
+    ticket.leave(0)
+    assert gate.admission.backlog()[P1].tokens == 510
+
+
+async def test_bytes_per_token_are_learned():
+    gate = Gate()
+    for _ in range(500):
+        ticket = gate.enter(num_bytes=10_000, num_tokens=None)
+        ticket.count(5000)
+        ticket.leave(0)
+    gate.enter(num_bytes=10_000, num_tokens=None)
+    assert gate.admission.backlog()[P1].tokens == pytest.approx(5010, rel=0.05)
+
+
+async def test_the_deadline_ends_the_wait():
+    gate = Gate()
+    ticket = gate.enter(deadline_s=0.01)
+    async with waiting(gate, one=ticket) as tasks:
+        with pytest.raises(DeadlineExceeded):
+            await asyncio.wait_for(tasks["one"], 10)
+    ticket.leave(0)
+    assert gate.waiting() == 0
+
+
+async def test_a_class_limits_the_deadline():
+    gate = Gate(classes=ClassesConfig(p1=ClassConfig(share=0.3, max_e2e_ms=2000)))
+    assert gate.enter(P1, deadline_s=60).deadline == gate.now + 2
+    assert gate.enter(P1, deadline_s=1).deadline == gate.now + 1
+    assert gate.enter(P0, deadline_s=60).deadline == gate.now + 60
+
+
+async def drained(gate: Gate, num: int, *, tokens_per_s: float) -> None:
+    """Serves a backlog of requests of 20 tokens, so that the rate is known."""
+    tickets = [gate.enter(P1) for _ in range(num)]
+    async with waiting(gate, **{str(i): ticket for i, ticket in enumerate(tickets)}):
+        for _ in tickets:
+            gate.now += 20 / tokens_per_s
+            gate.slots.free()
+            await settle()
+    for ticket in tickets:
+        ticket.leave(10)
+
+
+async def test_a_first_token_that_would_come_too_late_is_refused_at_once_with_the_prediction():
+    gate = Gate()
+    await drained(gate, 50, tokens_per_s=100.0)
+    for _ in range(10):
+        gate.enter(P1)  # 200 tokens: 2 s
+    with pytest.raises(Overloaded, match=r"in (1\.[89]|2\.[01])\d s, and may take 1\.00 s") as caught:
+        gate.enter(P1, max_ttft_s=1.0)
+    assert caught.value.retry_after_s == pytest.approx(1.0, abs=0.2)
+    assert gate.waiting() == 10
+    accepted = gate.enter(P1, max_ttft_s=3.0)
+    assert accepted.eta_s == pytest.approx(2.0, abs=0.2)
+    assert accepted.position == 10
+    with pytest.raises(Overloaded):  # nobody can wait longer than its deadline
+        gate.enter(P1, deadline_s=1.0)
+
+
+async def test_what_the_replicas_need_counts_too():
+    gate = Gate(5)
+    gate.admission._replica_ttft_s = lambda priority, num_tokens: num_tokens / 100
+    gate.enter(num_tokens=90, max_ttft_s=1.0)
+    with pytest.raises(Overloaded, match=r"1\.10 s"):
+        gate.enter(num_tokens=110, max_ttft_s=1.0)
+    ticket = gate.enter(num_bytes=200, num_tokens=None, max_ttft_s=1.0)
+    with pytest.raises(Overloaded, match=r"2\.00 s"):
+        ticket.count(200)
+    ticket.leave(0)
+
+
+async def test_a_refusal_says_when_the_backlog_will_have_been_served():
+    gate = Gate(max_queued_requests=20)
+    await drained(gate, 20, tokens_per_s=100.0)
+    for _ in range(20):
+        gate.enter(P1)
+    with pytest.raises(Overloaded) as caught:
+        gate.enter(P1)
+    assert caught.value.retry_after_s == pytest.approx(4.0, abs=0.5)
+
+
+async def test_a_ticket_is_left_with_once():
+    ticket = Gate().enter()
+    ticket.leave(0)
+    with pytest.raises(RuntimeError):
+        ticket.leave(0)
