@@ -18,6 +18,7 @@ from cluster.gateway.catalog import Catalog, CatalogEntry, ServedModel
 from cluster.gateway.config import GatewayConfig
 from cluster.gateway.generation_table import GenerationTable
 from cluster.gateway.interceptors import StatusInterceptor
+from cluster.gateway.openai.server import HttpServer
 from cluster.gateway.replica_link import ReplicaAddress
 from cluster.gateway.request_path import RequestPath
 from cluster.gateway.servicer import InferenceServicer
@@ -39,6 +40,9 @@ class Gateway:
         models: what is served; tokenizers are loaded by ``start``.
         secret: what replicas ask for.
         gateway_id: this gateway's name towards replicas; drawn if None.
+
+    Attributes:
+        http_port: where HTTP is served, from ``start`` on; None: it is turned off.
     """
 
     def __init__(
@@ -51,6 +55,7 @@ class Gateway:
         gateway_id: str | None = None,
     ) -> None:
         metrics = metrics or NullSink()
+        self.http_port: int | None = None
         self._config = config
         self._models = models
         self._secret = secret
@@ -63,6 +68,7 @@ class Gateway:
         self._health = health.aio.HealthServicer()
         self._readiness_changed = asyncio.Event()
         self._server: grpc.aio.Server | None = None
+        self._http: HttpServer | None = None
         self._health_task: asyncio.Task[None] | None = None
 
     async def start(self) -> int:
@@ -98,6 +104,13 @@ class Gateway:
         health_pb2_grpc.add_HealthServicer_to_server(self._health, server)
         if self._reflects:
             reflection.enable_server_reflection((SERVICE, health.SERVICE_NAME, reflection.SERVICE_NAME), server)
+        if self._config.http_port is not None:
+            self._http = HttpServer(self._config, self._catalog, path)
+            try:
+                self.http_port = await self._http.start()
+            except ConfigError:
+                await server.stop(grace=None)
+                raise
         await self._publish_health()
         await server.start()
         self._server = server
@@ -135,6 +148,8 @@ class Gateway:
         if self._health_task is not None:
             self._health_task.cancel()
             await asyncio.wait([self._health_task])
+        if self._http is not None:
+            await self._http.stop()
         if self._server is not None:
             await self._server.stop(grace=None)
         await asyncio.gather(*(entry.balancer.close() for entry in self._catalog))

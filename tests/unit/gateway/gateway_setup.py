@@ -146,7 +146,7 @@ async def create_setup(checkpoint: Path) -> AsyncIterator[CreateSetup]:
     ) -> Setup:
         metrics = RecordingSink()
         gateway = Gateway(
-            GatewayConfig(port=0, **config),
+            GatewayConfig(**{"port": 0, "http_port": None} | config),
             [ServedModel(name, checkpoint) for name in models],
             secret=secret,
             metrics=metrics,
