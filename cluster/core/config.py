@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, field
+from typing import Literal
 
 from cluster.core.request import Priority
 from cluster.errors import require
@@ -98,6 +99,44 @@ class AdmissionConfig:
     def __post_init__(self) -> None:
         require(self.max_queued_requests >= 1, "max_queued_requests", "must be at least 1")
         require(self.max_queued_tokens >= 1, "max_queued_tokens", "must be at least 1")
+
+
+OTHER_TENANTS = "*"
+
+
+@dataclass(frozen=True, kw_only=True)
+class TenantConfig:
+    """What a tenant may use, of all gateways together; each enforces an equal part. null: no limit.
+
+    Attributes:
+        name: as callers' credentials name it; "*": each tenant that is not listed.
+        requests_per_s: that it may send; as many may come at once after a pause, one at least.
+        tokens_per_min: of prompts and completions; what a request is expected to use counts when it comes, and what it
+            did not use is given back at its end.
+        max_concurrent_requests: queued or running.
+        max_priority: the most urgent class that it may use; requests that name none are of this class where it is less
+            urgent than P1.
+        models: that it may use.
+    """
+
+    name: str
+    requests_per_s: float | None = None
+    tokens_per_min: int | None = None
+    max_concurrent_requests: int | None = None
+    max_priority: Literal["P0", "P1", "P2", "P3"] = "P0"
+    models: tuple[str, ...] | None = None
+
+    def __post_init__(self) -> None:
+        require(bool(self.name), "name", f"must name a tenant, or be {OTHER_TENANTS!r} for all that are not listed")
+        for name in ("requests_per_s", "tokens_per_min", "max_concurrent_requests"):
+            value = getattr(self, name)
+            require(value is None or 0 < value < math.inf, name, f"is {value}; it must be above 0, or null")
+
+    @property
+    def is_limited(self) -> bool:
+        """Whether it has any quota."""
+        limits = (self.requests_per_s, self.tokens_per_min, self.max_concurrent_requests)
+        return any(limit is not None for limit in limits)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -11,9 +11,12 @@ from typing import Protocol
 from cluster.core.admission import AdmissionQueue, ClassBacklog
 from cluster.core.config import AdmissionConfig, ClassesConfig
 from cluster.core.fair_queue import QueuedRequest
+from cluster.core.quotas import QuotaLease
 from cluster.core.request import Priority
 from cluster.core.token_estimate import BytesPerToken, CompletionLength
 from cluster.errors import ClusterError, DeadlineExceeded, Overloaded
+from cluster.gateway.caller import Caller
+from cluster.gateway.tenants import Tenants
 
 
 class Room(Protocol):
@@ -32,9 +35,11 @@ class Admission:
     """Lets requests for one model in, by what waits for it, and to the replicas, in turn. Event loop only.
 
     Args:
+        model: its name.
         config: bounds of the queue.
         classes: shares, targets and bounds of the priority classes.
         room: of the model's replicas.
+        tenants: what callers may use, of all models.
         replica_ttft_s: how soon a replica would have a first token for a prompt of so many tokens in a class, in
             seconds; None: not known.
         known_rate: tokens per second that the model's replicas say they serve; None: not known.
@@ -43,14 +48,18 @@ class Admission:
 
     def __init__(
         self,
+        model: str,
         config: AdmissionConfig,
         classes: ClassesConfig,
         room: Room,
+        tenants: Tenants,
         *,
         replica_ttft_s: Callable[[Priority, int], float | None] = lambda priority, num_tokens: None,
         known_rate: Callable[[], float | None] = lambda: None,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
+        self._model = model
+        self._tenants = tenants
         self._queue = AdmissionQueue(config, classes, known_rate=known_rate)
         self._classes = classes.by_priority()
         self._room = room
@@ -69,8 +78,8 @@ class Admission:
     def enter(
         self,
         *,
-        priority: Priority,
-        tenant: str,
+        caller: Caller,
+        priority: Priority | None,
         num_bytes: int,
         max_tokens: int | None,
         n: int = 1,
@@ -81,6 +90,8 @@ class Admission:
         """Lets a request in before it is tokenized, at once or never. Whoever has a ticket leaves with it.
 
         Args:
+            caller: who sends it.
+            priority: the class that it asks for; None: none in particular.
             num_bytes: of its text.
             max_tokens: of each completion; None: as many as the context holds.
             n: completions.
@@ -89,28 +100,39 @@ class Admission:
             num_tokens: of its prompt, where that is known without tokenizing.
 
         Raises:
+            Forbidden: the caller may not use the model or the class.
+            QuotaExceeded: its tenant has used up a quota.
             Overloaded: too much waits, or it would wait longer than it may.
         """
         now = self._clock()
+        self._tenants.check_model(caller, self._model)
+        priority = self._tenants.priority(caller, priority)
         deadline_s = min(deadline_s, self._classes[priority].max_e2e_s)
         if num_tokens is None:
             num_prompt_tokens = self._bytes_per_token.num_tokens(num_bytes)
         else:
             num_prompt_tokens, num_bytes = num_tokens, 0
         num_expected_tokens = self._completions[priority].expected(max_tokens, n)
-        request, pushed_out = self._queue.add(
-            now=now,
-            priority=priority,
-            tenant=tenant,
-            num_tokens=num_prompt_tokens + num_expected_tokens,
-            max_ttft_s=max_ttft_s,
-            deadline=now + deadline_s,
-        )
+        lease = self._tenants.quotas.enter(caller.tenant, num_prompt_tokens + num_expected_tokens, now)
+        try:
+            request, pushed_out = self._queue.add(
+                now=now,
+                priority=priority,
+                tenant=caller.tenant,
+                num_tokens=num_prompt_tokens + num_expected_tokens,
+                max_ttft_s=max_ttft_s,
+                deadline=now + deadline_s,
+            )
+        except Overloaded:
+            lease.undo(now)
+            raise
         self._push_out(pushed_out)
         ticket = Ticket(
             self,
             request,
+            lease,
             num_bytes=num_bytes,
+            num_prompt_tokens=num_prompt_tokens,
             num_expected_tokens=num_expected_tokens,
             n=n,
             deadline=now + deadline_s,
@@ -119,7 +141,8 @@ class Admission:
         self._tickets[request] = ticket
         try:
             self._check_forecast(ticket, num_prompt_tokens)
-        except Overloaded:
+        except Overloaded as error:
+            ticket.refuse(error)
             ticket.leave(0)
             raise
         return ticket
@@ -181,8 +204,10 @@ class Ticket:
         self,
         admission: Admission,
         request: QueuedRequest,
+        lease: QuotaLease,
         *,
         num_bytes: int,
+        num_prompt_tokens: int,
         num_expected_tokens: int,
         n: int,
         deadline: float,
@@ -192,13 +217,20 @@ class Ticket:
         self.deadline = deadline
         self.max_ttft_s = max_ttft_s
         self._admission = admission
+        self._lease = lease
         self._num_bytes = num_bytes
+        self._num_prompt_tokens = num_prompt_tokens
         self._num_expected_tokens = num_expected_tokens
         self._n = n
         self._had_turn = False
         self._has_left = False
         self._refusal: ClusterError | None = None
         self._waiter: asyncio.Future[None] | None = None
+
+    @property
+    def priority(self) -> Priority:
+        """The class that it is in."""
+        return self.request.priority
 
     @property
     def position(self) -> int:
@@ -221,6 +253,8 @@ class Ticket:
         admission = self._admission
         if self._num_bytes:
             admission._bytes_per_token.observe(self._num_bytes, num_prompt_tokens)
+        self._num_prompt_tokens = num_prompt_tokens
+        self._lease.correct(num_prompt_tokens + self._num_expected_tokens, admission._clock())
         num_tokens = max(num_prompt_tokens - cached_tokens, 0) + self._num_expected_tokens
         admission._push_out(admission._queue.resize(self.request, num_tokens))
         admission._check_forecast(self, num_prompt_tokens - cached_tokens)
@@ -256,13 +290,20 @@ class Ticket:
             raise RuntimeError("a ticket was left with twice")
         self._has_left = True
         admission, request = self._admission, self.request
+        now = admission._clock()
         del admission._tickets[request]
-        if request.is_queued:
-            admission._queue.remove(request, admission._clock())
-        elif self._had_turn:
-            admission._completions[request.priority].observe(num_completion_tokens, self._n)
-            num_prompt_tokens = request.num_tokens - self._num_expected_tokens
-            admission._queue.settle(request, num_prompt_tokens + num_completion_tokens)
+        if not self._had_turn:
+            if request.is_queued:
+                admission._queue.remove(request, now)
+            if self._refusal is None:
+                self._lease.release(0, now)
+            else:
+                self._lease.undo(now)
+            return
+        admission._completions[request.priority].observe(num_completion_tokens, self._n)
+        num_computed_prompt_tokens = request.num_tokens - self._num_expected_tokens
+        admission._queue.settle(request, num_computed_prompt_tokens + num_completion_tokens)
+        self._lease.release(self._num_prompt_tokens + num_completion_tokens, now)
 
     def give_turn(self) -> None:
         self._had_turn = True

@@ -4,15 +4,17 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Callable, Sequence
 from typing import Any
 
 import pytest
 
-from cluster.core.config import AdmissionConfig, ClassConfig, ClassesConfig
+from cluster.core.config import AdmissionConfig, ClassConfig, ClassesConfig, TenantConfig
 from cluster.core.request import Priority
-from cluster.errors import DeadlineExceeded, Overloaded
+from cluster.errors import DeadlineExceeded, Forbidden, Overloaded, QuotaExceeded
 from cluster.gateway.admission import Admission, Ticket
+from cluster.gateway.caller import Caller
+from cluster.gateway.tenants import Tenants
 
 P0, P1, P2, P3 = Priority
 
@@ -44,17 +46,31 @@ class Slots:
 class Gate:
     """An admission, and requests that take a slot when their turn has come."""
 
-    def __init__(self, num_free: int = 0, *, classes: ClassesConfig | None = None, **bounds: int) -> None:
+    def __init__(
+        self,
+        num_free: int = 0,
+        *,
+        classes: ClassesConfig | None = None,
+        tenants: Sequence[TenantConfig] = (),
+        num_gateways: int = 1,
+        **bounds: int,
+    ) -> None:
         self.now = 100.0
         self.slots = Slots(num_free)
         self.admission = Admission(
-            AdmissionConfig(**bounds), classes or ClassesConfig(), self.slots, clock=lambda: self.now
+            "demo",
+            AdmissionConfig(**bounds),
+            classes or ClassesConfig(),
+            self.slots,
+            Tenants(tenants, lambda: num_gateways),
+            clock=lambda: self.now,
         )
         self.placed: list[str] = []
 
-    def enter(self, priority: Priority = P1, **request: Any) -> Ticket:
+    def enter(self, priority: Priority | None = P1, tenant: str = "", **request: Any) -> Ticket:
+        caller = Caller(tenant=tenant)
         return self.admission.enter(
-            **{"priority": priority, "tenant": "", "num_bytes": 0, "num_tokens": 10, "max_tokens": 10, **request}
+            **{"priority": priority, "caller": caller, "num_bytes": 0, "num_tokens": 10, "max_tokens": 10, **request}
         )
 
     async def run(self, name: str, ticket: Ticket) -> None:
@@ -258,3 +274,53 @@ async def test_a_ticket_is_left_with_once():
     ticket.leave(0)
     with pytest.raises(RuntimeError):
         ticket.leave(0)
+
+
+async def test_quotas_are_charged_by_the_estimate_corrected_and_given_back():
+    gate = Gate(9, tenants=[TenantConfig(name="acme", tokens_per_min=1000)])
+    ticket = gate.enter(tenant="acme", num_bytes=80, num_tokens=None)
+    ticket.count(900)
+    await ticket.turn()
+    with pytest.raises(QuotaExceeded) as caught:
+        gate.enter(tenant="acme", num_tokens=190)
+    assert caught.value.retry_after_s == pytest.approx(6.6)  # 110 tokens
+    gate.enter(tenant="umbrella", num_tokens=5000).leave(0)
+    ticket.leave(0)
+    gate.enter(tenant="acme", num_tokens=90).leave(0)
+
+
+async def test_a_request_that_is_refused_for_lack_of_room_costs_no_quota():
+    tenant = TenantConfig(name="acme", requests_per_s=1, max_concurrent_requests=1)
+    gate = Gate(tenants=[tenant], max_queued_requests=1)
+    other = gate.enter()
+    with pytest.raises(Overloaded):
+        gate.enter(tenant="acme", priority=P3)
+    other.leave(0)
+    ticket = gate.enter(tenant="acme", priority=P3)
+    ticket.leave(0)
+    gate.enter(tenant="acme", priority=P3)
+
+
+async def test_a_tenant_has_its_models_and_classes():
+    gate = Gate(tenants=[TenantConfig(name="batch", max_priority="P2"), TenantConfig(name="other", models=("big",))])
+    with pytest.raises(Forbidden) as caught:
+        gate.enter(P1, tenant="batch")
+    assert caught.value.field == "priority"
+    assert gate.enter(None, tenant="batch").priority is P2
+    assert gate.enter(P3, tenant="batch").priority is P3
+    assert gate.enter(None).priority is P1
+    with pytest.raises(Forbidden, match="'demo'") as caught:
+        gate.enter(tenant="other")
+    assert caught.value.field == "model"
+    with pytest.raises(Forbidden):
+        gate.enter(caller=Caller(models=frozenset({"big"})))
+    with pytest.raises(Forbidden):
+        gate.enter(P0, caller=Caller(max_priority=P1))
+    assert gate.waiting() == 3
+
+
+async def test_each_gateway_enforces_its_part():
+    gate = Gate(tenants=[TenantConfig(name="*", max_concurrent_requests=8)], num_gateways=4)
+    gate.enter(tenant="acme"), gate.enter(tenant="acme"), gate.enter(tenant="umbrella")
+    with pytest.raises(QuotaExceeded):
+        gate.enter(tenant="acme")
