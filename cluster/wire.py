@@ -12,6 +12,7 @@ SERVICE = pb.DESCRIPTOR.services_by_name["InferenceService"].full_name  # the ga
 ERROR_DOMAIN = "cluster.v1"  # of ErrorInfo; other domains' reasons are not ours
 PROTOCOL_VERSION = 2  # of the stream between gateway and replica
 SECRET_KEY = "cluster-secret"  # metadata of that stream
+LEDGER_KEY = "cluster-ledger-bin"  # trailing metadata of an answer: a Ledger
 
 _PRIORITY_TO_PROTO = {
     Priority.P0: pb.PRIORITY_P0,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import secrets
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import fields, replace
 from typing import Any, TypedDict
@@ -23,9 +24,13 @@ class GenerateOptions(TypedDict, total=False):
     model: may be left out where the server has one model.
     priority: the request's class, by default P1.
     deadline_s: seconds for the whole call, retries included; by default the client's own.
-    request_id: the caller's name for the call, by which ``cancel`` finds it; by default drawn by the server.
+    request_id: the caller's name for the call, by which ``cancel`` finds it; drawn if left out. The same name again
+        with the same request joins the call, or has its answer again.
     labels: free, for accounting; at most 16.
     cache_salt: only calls with the same salt share cached prompts; at most 256 bytes.
+    max_ttft_ms: be refused at once (Overloaded) if the first token is predicted to come later than this.
+    progress: for streams: have chunks that tell of the queue, of warming, of moves, while there is nothing else.
+    session_id: calls of one session go to one replica under that balancing policy.
 
     The rest are fields of SamplingParams. They override those of a SamplingParams passed along.
     """
@@ -36,6 +41,9 @@ class GenerateOptions(TypedDict, total=False):
     request_id: str
     labels: Mapping[str, str]
     cache_salt: str
+    max_ttft_ms: int
+    progress: bool
+    session_id: str
 
     temperature: float
     top_p: float
@@ -92,6 +100,11 @@ def count_request(prompt: str | None, messages: Messages | None, model: str) -> 
     return pb.CountTokensRequest(model=model, prompt=_encodable(prompt, "prompt"))
 
 
+def draw_name() -> str:
+    """A request id that nobody else has."""
+    return f"req-{secrets.token_hex(12)}"
+
+
 def _request(sampling: SamplingParams | None, options: GenerateOptions) -> pb.GenerateRequest:
     unknown = options.keys() - GenerateOptions.__annotations__.keys()
     if unknown:
@@ -99,11 +112,14 @@ def _request(sampling: SamplingParams | None, options: GenerateOptions) -> pb.Ge
     overrides: dict[str, Any] = {name: value for name, value in options.items() if name in _SAMPLING_FIELDS}
     return pb.GenerateRequest(
         model=options.get("model", ""),
-        request_id=options.get("request_id", ""),
+        request_id=options.get("request_id") or draw_name(),
         sampling=sampling_to_proto(replace(sampling or SamplingParams(), **overrides)),
         priority=priority_to_proto(Priority(options.get("priority", Priority.P1))),
         labels=options.get("labels"),
         cache_salt=_encodable(options.get("cache_salt", ""), "cache_salt"),
+        max_ttft_ms=_checked_limit(options.get("max_ttft_ms"), "max_ttft_ms"),
+        progress=options.get("progress", False),
+        session_id=_encodable(options.get("session_id", ""), "session_id"),
     )
 
 
@@ -134,3 +150,9 @@ def _encodable(text: str, field: str) -> str:
     except UnicodeEncodeError as error:
         raise InvalidRequest(f"{field} is no valid Unicode text: {error}", field=field) from None
     return text
+
+
+def _checked_limit(value: int | None, field: str) -> int | None:
+    if value is not None and not 0 < value < 2**32:
+        raise InvalidRequest(f"{field} is {value}; it must be a positive number of milliseconds", field=field)
+    return value

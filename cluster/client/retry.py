@@ -1,4 +1,4 @@
-"""The one retry layer: it repeats what was not executed, while the deadline allows."""
+"""The one retry layer: whether, where and when a call that failed is made again, while its deadline allows."""
 
 from __future__ import annotations
 
@@ -8,23 +8,40 @@ from collections.abc import Callable
 
 import grpc
 
+from cluster.client.addresses import AddressBook
+from cluster.client.retry_budget import RetryBudget
 from cluster.client.status import error_of, never_sent
-from cluster.errors import InvalidRequest, ServerUnreachable
+from cluster.errors import ClusterError, Draining, InvalidRequest, ServerUnreachable
 
 MAX_ATTEMPTS = 4
+RECONNECT_S = 60.0
 _FIRST_BACKOFF_S = 0.1
 _MAX_BACKOFF_S = 2.0
+# A stream that takes one gateway after the other with it must not go on for ever.
+_MAX_BREAKS = 5
 
 
 class Attempts:
     """The attempts at one call, under one deadline.
 
-    Repeated is, before the first chunk, what was not executed: UNAVAILABLE where the gateway itself says so, or where
-    there was no connection to send the call on. A connection that breaks under a call is UNAVAILABLE to gRPC, too, but
-    then nobody knows what was executed, and the caller decides.
+    Before the first chunk a call is made again where it was not executed (UNAVAILABLE: the gateway says so, or there
+    was no connection), and where a connection broke under it: its request id lets the gateway join the one that runs,
+    and nobody has seen anything of another. To go to a gateway that has not been asked yet is free; to ask again is a
+    retry, which waits and takes from the budget.
+
+    Once chunks came (``received``), the call is a stream that goes on from what it has. That takes nothing from the
+    budget: it waits for a gateway that answers, and for one that has room, and ends with the deadline at the latest.
 
     The wait doubles each time with full jitter, so that clients do not come back in step, and is never shorter than the
     server's RetryInfo. A wait that would outlast the deadline is not begun: the caller learns the error at once.
+
+    Args:
+        name: the call's request id.
+        only: the one address that it may go to; None: any.
+        reconnect_s: for how long a stream looks for a gateway that answers.
+
+    Attributes:
+        address: where the next attempt goes.
 
     Raises:
         InvalidRequest: the deadline is no positive number.
@@ -32,45 +49,96 @@ class Attempts:
 
     def __init__(
         self,
+        gateways: AddressBook,
+        budget: RetryBudget,
         *,
-        address: str,
+        name: str,
         deadline_s: float,
         max_attempts: int = MAX_ATTEMPTS,
+        reconnect_s: float = RECONNECT_S,
+        only: str | None = None,
         clock: Callable[[], float] = time.monotonic,
         rng: random.Random | None = None,
     ) -> None:
         if not 0 < deadline_s < float("inf"):
             raise InvalidRequest(f"deadline_s is {deadline_s}; it must be a positive number", field="deadline_s")
-        self._address = address
+        self._gateways = gateways
+        self._budget = budget
+        self._name = name
         self._deadline_s = deadline_s
         self._max_attempts = max_attempts
+        self._reconnect_s = reconnect_s
+        self._only = only
         self._clock = clock
         self._rng = rng or random.Random()
         self._deadline = clock() + deadline_s
         self._failed = 0
+        self._tried: set[str] = set()
+        self._breaks = 0
+        self._cut_off_at: float | None = None
+        self.address = only or gateways.pick(name)
 
     def remaining_s(self) -> float:
         """What is left of the deadline: the next attempt's gRPC timeout."""
         return max(0.0, self._deadline - self._clock())
 
+    def succeeded(self) -> None:
+        """The call, or the first chunk of a stream, came back."""
+        self._budget.earn()
+
+    def progressed(self) -> None:
+        """Chunks come: what went wrong before is over."""
+        self._failed = self._breaks = 0
+        self._tried.clear()
+        self._cut_off_at = None
+
     def backoff_s(self, failure: grpc.RpcError, *, received: bool = False) -> float:
-        """How long to wait before the next attempt.
+        """How long to wait before the next attempt, which goes to ``address``.
 
         Args:
             failure: how this attempt ended.
-            received: whether chunks came, after which nothing is repeated.
+            received: whether chunks came, of this attempt or of one before.
 
         Raises:
             ClusterError: there is to be no further attempt; the failure, typed.
         """
-        self._failed += 1
-        error = error_of(failure, address=self._address, deadline_s=self._deadline_s)
-        unavailable = failure.code() is grpc.StatusCode.UNAVAILABLE
-        not_executed = unavailable and (never_sent(failure) or not isinstance(error, ServerUnreachable))
-        if received or not not_executed or self._failed >= self._max_attempts:
+        error = error_of(failure, address=self.address, deadline_s=self._deadline_s)
+        if isinstance(error, ServerUnreachable):
+            self._gateways.report_lost(self.address)
+        elif isinstance(error, Draining):
+            self._gateways.report_draining(self.address)
+        self._tried.add(self.address)
+        self.address = self._only or self._gateways.pick(self._name, tried=self._tried)
+        fresh = self.address not in self._tried
+        if received:
+            self._check_resumable(failure, error)
+        elif not self._may_repeat(failure, error, fresh):
             raise error from None
+        if fresh:
+            return 0.0
+        self._failed += 1
         backoff_s = self._rng.uniform(0, min(_MAX_BACKOFF_S, _FIRST_BACKOFF_S * 2 ** (self._failed - 1)))
         wait_s = max(backoff_s, error.retry_after_s or 0.0)
         if wait_s >= self.remaining_s():
             raise error from None
         return wait_s
+
+    def _may_repeat(self, failure: grpc.RpcError, error: ClusterError, fresh: bool) -> bool:
+        if failure.code() is not grpc.StatusCode.UNAVAILABLE and not isinstance(error, ServerUnreachable):
+            return False
+        return fresh or (self._failed + 1 < self._max_attempts and self._budget.spend())
+
+    def _check_resumable(self, failure: grpc.RpcError, error: ClusterError) -> None:
+        if not isinstance(error, ServerUnreachable):
+            if not error.retryable:
+                raise error from None
+            return
+        now = self._clock()
+        if self._cut_off_at is None:
+            self._cut_off_at = now
+        if not never_sent(failure):
+            self._breaks += 1
+        if self._breaks > _MAX_BREAKS:
+            raise ServerUnreachable(f"the stream was cut off {self._breaks} times without a chunk in between: {error}")
+        if now - self._cut_off_at >= self._reconnect_s:
+            raise ServerUnreachable(f"the stream was cut off and found no gateway for {self._reconnect_s:g} s: {error}")

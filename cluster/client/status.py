@@ -40,6 +40,9 @@ _BARE_CODES: dict[grpc.StatusCode, type[ClusterError]] = {
 
 # gRPC's words where it never got as far as sending the call. Should they change, such calls are no longer repeated.
 _NEVER_SENT = ("failed to connect to all addresses", "errors resolving")
+# Its word where something between here and the gateway cut off one stream of a connection; the code then varies.
+_RESET = "RST_STREAM"
+_RESET_CODES = (grpc.StatusCode.CANCELLED, grpc.StatusCode.INTERNAL, grpc.StatusCode.UNKNOWN)
 
 
 def never_sent(call: grpc.RpcError) -> bool:
@@ -59,7 +62,7 @@ def error_of(call: grpc.RpcError, *, address: str, deadline_s: float) -> Cluster
     if error is not None:
         return error
     code, details = call.code(), call.details() or ""
-    if code is grpc.StatusCode.UNAVAILABLE:
+    if code is grpc.StatusCode.UNAVAILABLE or (code in _RESET_CODES and _RESET in details):
         return _unreachable(address, details, never_sent(call))
     if code is grpc.StatusCode.DEADLINE_EXCEEDED:
         return DeadlineExceeded(f"{address} did not finish within the deadline of {deadline_s:g} s")

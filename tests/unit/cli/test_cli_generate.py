@@ -61,6 +61,7 @@ def test_json_is_one_object_per_chunk(cli, server):
         "seed": 17,
         "finish_reason": None,
         "usage": None,
+        "progress": None,
     }
     assert (last["text"], last["finish_reason"]) == ("b\n", "stop")
     assert last["usage"] == {"prompt_tokens": 3, "cached_tokens": 2, "completion_tokens": 2}

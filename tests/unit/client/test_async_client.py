@@ -6,7 +6,7 @@ import socket
 import threading
 
 import pytest
-from scripted_server import DEMO, breaking, chunks_of, hanging, response_of
+from scripted_server import DEMO, chunks_of, hanging, response_of
 
 from cluster import errors
 from cluster.client import AsyncClient, Client
@@ -108,15 +108,6 @@ async def test_what_was_not_executed_is_repeated_and_bounded(aclient, server):
     with pytest.raises(errors.ModelWarming):
         await anext(aclient.stream("x"))
     assert len(server.requests) == 9
-
-
-async def test_nothing_is_repeated_after_the_first_chunk(aclient, server):
-    server.script("GenerateStream", breaking(errors.Draining("bye"), *chunks_of("a", "b")[:1]), chunks_of("again"))
-    stream = aclient.stream("x")
-    assert (await anext(stream)).text == "a"
-    with pytest.raises(errors.Draining):
-        await anext(stream)
-    assert len(server.requests) == 1
 
 
 async def test_a_deadline_that_passes_is_a_deadline(aclient, server):

@@ -6,7 +6,7 @@ import threading
 
 import grpc
 import pytest
-from scripted_server import DEMO, SERVICE, breaking, chunks_of, hanging, response_of
+from scripted_server import DEMO, SERVICE, chunks_of, hanging, response_of
 
 from cluster import errors
 from cluster.client import Client
@@ -279,41 +279,6 @@ def test_a_wait_beyond_the_deadline_is_not_begun(client, server):
     with pytest.raises(errors.ModelWarming) as caught:
         client.generate("x", deadline_s=20)
     assert caught.value.retry_after_s == 50.0
-    assert len(server.requests) == 1
-
-
-def test_nothing_is_repeated_after_the_first_chunk(client, server):
-    server.script("GenerateStream", breaking(errors.Draining("bye"), *chunks_of("a", "b")[:1]), chunks_of("again"))
-    stream = client.stream("x")
-    assert next(stream).text == "a"
-    with pytest.raises(errors.Draining):
-        next(stream)
-    assert next(stream, None) is None
-    assert len(server.requests) == 1
-
-
-def test_a_connection_that_breaks_midway_says_so(client, server):
-    server.script("GenerateStream", hanging(*chunks_of("a", "b")[:1]))
-    stream = client.stream("x")
-    assert next(stream).text == "a"
-    server.stop()
-    with pytest.raises(errors.ServerUnreachable, match="broke"):
-        next(stream)
-    assert len(server.requests) == 1
-
-
-def test_a_call_under_which_the_connection_breaks_is_not_repeated(client, server):
-    """The server had it: it may have run, and a second server at the address would run it again."""
-
-    def die(request, context):
-        threading.Thread(target=server.stop).start()
-        gone = threading.Event()
-        if context.add_callback(gone.set):
-            gone.wait()
-
-    server.script("Generate", die)
-    with pytest.raises(errors.ServerUnreachable, match="broke before the call's end"):
-        client.generate("x")
     assert len(server.requests) == 1
 
 
