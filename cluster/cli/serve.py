@@ -54,6 +54,9 @@ def serve(
     port: Annotated[
         int | None, typer.Option(min=0, max=65535, help="gRPC port; 0 takes a free one.", show_default="50051")
     ] = None,
+    insecure: Annotated[
+        bool | None, typer.Option("--insecure", help="Listen off loopback without TLS.", show_default=False)
+    ] = None,
     device: Annotated[
         Literal["auto", "cpu", "cuda"] | None, typer.Option(help="Where models run.", show_default="auto")
     ] = None,
@@ -94,7 +97,7 @@ def serve(
             "kv_cache_bytes": kv_cache,
         },
         scheduler={"max_num_seqs": max_num_seqs},
-        gateway={"host": host, "port": port},
+        gateway={"host": host, "port": port, "insecure": insecure},
         ray={"dashboard": dashboard},
     )
     configure_logging(tree.logging.level, tree.logging.format)

@@ -17,15 +17,17 @@ class Caller:
         subject: who in that tenant, for logs.
         max_priority: the most urgent class that it may use.
         models: what it may use; None: everything.
+        admin: whether it may use the AdminService.
     """
 
     tenant: str = ""
     subject: str = ""
     max_priority: Priority = Priority.P0
     models: frozenset[str] | None = None
+    admin: bool = False
 
 
-ANYONE = Caller()
+ANYONE = Caller(admin=True)  # where callers are not authenticated
 
 _caller: ContextVar[Caller] = ContextVar("cluster_caller", default=ANYONE)
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import ipaddress
 import logging
 import secrets
 from collections.abc import Sequence
@@ -13,15 +12,18 @@ from grpc_health.v1 import health, health_pb2, health_pb2_grpc
 from grpc_reflection.v1alpha import reflection
 
 from cluster.errors import ConfigError
+from cluster.gateway.auth import Authenticator
 from cluster.gateway.balancer import Balancer
 from cluster.gateway.catalog import Catalog, CatalogEntry, ServedModel
 from cluster.gateway.config import GatewayConfig
 from cluster.gateway.generation_table import GenerationTable
-from cluster.gateway.interceptors import StatusInterceptor
+from cluster.gateway.interceptors import AuthInterceptor, StatusInterceptor
+from cluster.gateway.listener import bind, check_exposure, create_server, is_loopback
 from cluster.gateway.openai.server import HttpServer
 from cluster.gateway.replica_link import ReplicaAddress
 from cluster.gateway.request_path import RequestPath
 from cluster.gateway.servicer import InferenceServicer
+from cluster.gateway.tls import ServerTls
 from cluster.observability.metrics import MetricSink, NullSink
 from cluster.text.tokenizer import Tokenizer
 from cluster.v1 import inference_pb2_grpc
@@ -67,6 +69,8 @@ class Gateway:
         )
         self._health = health.aio.HealthServicer()
         self._readiness_changed = asyncio.Event()
+        self._tls: ServerTls | None = None
+        self._authenticator: Authenticator
         self._server: grpc.aio.Server | None = None
         self._http: HttpServer | None = None
         self._health_task: asyncio.Task[None] | None = None
@@ -75,13 +79,19 @@ class Gateway:
         """Loads the tokenizers, binds and serves; the bound port.
 
         Raises:
-            ConfigError: the address cannot be bound.
+            ConfigError: the address cannot be bound, or would be open to others without TLS; or a file of TLS or
+                authentication cannot be used.
             CheckpointError: a tokenizer cannot be loaded.
         """
+        check_exposure(self._config, self._config.host, field="gateway")
+        self._tls = None if self._config.tls is None else ServerTls(self._config.tls)
+        self._authenticator = Authenticator(self._config.auth)
+        if not is_loopback(self._config.host) and self._tls is None:
+            logger.warning("the gateway listens on %s without TLS, as gateway.insecure says", self._config.host)
         tokenizers = [await asyncio.to_thread(Tokenizer.from_checkpoint, model.checkpoint) for model in self._models]
-        server = self._make_server()
+        server = self._create_server()
         try:
-            port = self._bind(server)
+            port = bind(server, self._config.host, self._config.port, self._tls, field="gateway")
         except ConfigError:
             await server.stop(grace=None)
             raise
@@ -94,6 +104,7 @@ class Gateway:
                     gateway_id=self._gateway_id,
                     secret=self._secret,
                     on_change=self._readiness_changed.set,
+                    config=self._config.routing,
                 ),
             )
             for model, tokenizer in zip(self._models, tokenizers, strict=True)
@@ -156,36 +167,18 @@ class Gateway:
 
     # -- parts of start -----------------------------------------------------------------------------------------------
 
-    def _make_server(self) -> grpc.aio.Server:
-        return grpc.aio.server(
-            interceptors=(StatusInterceptor(SERVICE),),
-            options=(
-                # Two gateways on one port would share it in silence.
-                ("grpc.so_reuseport", 0),
-                ("grpc.max_receive_message_length", self._config.max_message_bytes),
-                ("grpc.max_send_message_length", -1),
-                ("grpc.keepalive_time_ms", 30_000),
-                ("grpc.keepalive_timeout_ms", 10_000),
-                ("grpc.http2.min_ping_interval_without_data_ms", 5_000),
-            ),
+    def _create_server(self) -> grpc.aio.Server:
+        # Probes have no credentials, and health tells nothing that a port does not.
+        authentication = AuthInterceptor(
+            self._authenticator,
+            certificates=self._tls is not None and self._tls.is_mutual,
+            open_services=[health.SERVICE_NAME],
         )
-
-    def _bind(self, server: grpc.aio.Server) -> int:
-        host, port = self._config.host, self._config.port
-        if not _is_loopback(host):
-            logger.warning("the gateway listens on %s without TLS: anyone who reaches it can use it", host)
-        try:
-            return server.add_insecure_port(f"[{host}]:{port}" if ":" in host else f"{host}:{port}")
-        except RuntimeError:
-            raise ConfigError(
-                f"cannot listen on {host}:{port}: the port is taken, or the address is not this machine's. Stop what "
-                f"listens there, or set gateway.port to another one (0 takes a free one)",
-                field="gateway.port",
-            ) from None
+        return create_server(self._config, (authentication, StatusInterceptor(SERVICE)))
 
     @property
     def _reflects(self) -> bool:
-        return _is_loopback(self._config.host) if self._config.reflection is None else self._config.reflection
+        return is_loopback(self._config.host) if self._config.reflection is None else self._config.reflection
 
     # -- health -------------------------------------------------------------------------------------------------------
 
@@ -199,10 +192,3 @@ class Gateway:
         status = health_pb2.HealthCheckResponse
         for service in ("", SERVICE):
             await self._health.set(service, status.SERVING if self._catalog.ready else status.NOT_SERVING)
-
-
-def _is_loopback(host: str) -> bool:
-    try:
-        return ipaddress.ip_address(host).is_loopback
-    except ValueError:
-        return host == "localhost"

@@ -75,7 +75,7 @@ def config(ray: OtherRay, checkpoint: Path, tmp_path: Path) -> Callable[..., Pat
     def write(path: Path = checkpoint, host: str = "0.0.0.0") -> Path:
         file = tmp_path / "cluster.yaml"
         model = {"path": str(path), "worker": {"device": "cpu", "kv_cache_bytes": 2**24}}
-        tree = {"models": [model], "gateway": {"host": host}, "ray": {"address": ray.address}}
+        tree = {"models": [model], "gateway": {"host": host, "insecure": True}, "ray": {"address": ray.address}}
         file.write_text(yaml.safe_dump(tree))
         return file
 

@@ -107,7 +107,7 @@ def test_a_pipeline_over_two_nodes_outlives_one_of_them(
 ):
     config = tmp_path / "cluster.yaml"
     model = {"path": "demo", "parallel": {"pp": 2}, "num_cpus": STAGE_CPUS, "worker": {"device": "cpu"}}
-    tree = {"models": [model], "gateway": {"host": "0.0.0.0"}, "ray": {"address": nodes.address}}
+    tree = {"models": [model], "gateway": {"host": "0.0.0.0", "insecure": True}, "ray": {"address": nodes.address}}
     config.write_text(yaml.safe_dump(tree))
     with LLM("demo", device="cpu", max_num_seqs=1) as llm:
         expected = list(llm.generate(PROMPT, SAMPLING)[0].token_ids)

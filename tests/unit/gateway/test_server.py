@@ -16,6 +16,7 @@ from gateway_setup import CONNECTING, READY, CreateSetup, Setup, collect, failur
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 from grpc_reflection.v1alpha import reflection_pb2, reflection_pb2_grpc
 
+from cluster.core.routing_config import RoutingConfig
 from cluster.errors import ConfigError, ModelNotFound
 from cluster.gateway.config import GatewayConfig
 from cluster.gateway.server import Gateway, ServedModel
@@ -95,7 +96,7 @@ async def test_off_loopback_warns_and_does_not_reflect(
     create_setup: CreateSetup, caplog: pytest.LogCaptureFixture
 ) -> None:
     with caplog.at_level(logging.WARNING):
-        setup = await create_setup(host="0.0.0.0")
+        setup = await create_setup(host="0.0.0.0", insecure=True)
     assert "without TLS" in caplog.text
     assert (await failure(listed_services(setup))).code == grpc.StatusCode.UNIMPLEMENTED
 
@@ -111,7 +112,7 @@ async def test_a_port_that_is_taken(create_setup: CreateSetup, checkpoint: Path)
 
 async def test_requests_go_where_the_least_is_outstanding(create_setup: CreateSetup) -> None:
     replicas = FakeReplica(gated=True), FakeReplica(replica_id="replica-1", gated=True)
-    setup = await create_setup(*replicas)
+    setup = await create_setup(*replicas, routing=RoutingConfig(policy="least_tokens"))
     await setup.wait_states("test", READY, READY)
     loads = {"replica-0": 0, "replica-1": 0}
     calls = []
