@@ -76,7 +76,7 @@ def test_the_configuration_tree_arrives_verbatim(render):
             {"path": "org/model: 'a' \"b\" {{ .c }} <&>", "name": "first", "worker": {"kv_cache_bytes": 2**40 + 1}},
             {"path": "/models/ü", "engine": {"scheduler": {"max_num_batched_tokens": 1_048_576}}},
         ],
-        "gateway": {"host": "::", "port": 50051, "default_deadline_s": 0.5, "reflection": True},
+        "gateway": {"host": "::", "port": 50051, "default_deadline_s": 0.5, "reflection": True, "insecure": False},
         "ray": {"address": "auto", "object_store_bytes": 200_000_000},
         "logging": {"level": "error", "format": "text"},
     }
