@@ -10,6 +10,8 @@ from ray import serve
 from ray.serve import Application
 
 from cluster.config import ClusterConfig
+from cluster.gateway.listener import is_loopback
+from cluster.serve.cluster_certificate import ClusterCertificate
 from cluster.serve.gateway_deployment import GatewayDeployment
 from cluster.serve.identity import ClusterIdentity
 from cluster.serve.placement import ReplicaPlacement
@@ -57,8 +59,14 @@ def create_application(
         replica_host: address that replicas bind; None: their node's.
         environment: variables that the actors need and their nodes do not have.
     """
+    # Replicas on this machine's loopback are out of others' reach; elsewhere both ends prove themselves.
+    is_private = replica_host is not None and is_loopback(replica_host)
     identity = ClusterIdentity(
-        secret=secrets.token_hex(32), start_id=start_id, logging=config.logging, replica_host=replica_host
+        secret=secrets.token_hex(32),
+        start_id=start_id,
+        logging=config.logging,
+        replica_host=replica_host,
+        certificate=None if is_private else ClusterCertificate.create(),
     )
     runtime_env = {"runtime_env": {"env_vars": environment}} if environment else {}
     models = {}
@@ -77,7 +85,7 @@ def create_application(
             max_constructor_retry_count=_MAX_CONSTRUCTOR_RETRIES,
             logging_config=_QUIET,
         )
-        models[model.name] = deployment.bind(model, placement.shard, identity)
+        models[model.name] = deployment.bind(model, config.classes, placement.shard, identity)
     gateway = serve.deployment(
         GatewayDeployment,
         name="Gateway",
@@ -90,4 +98,4 @@ def create_application(
         logging_config=_QUIET,
     )
     paths = {placement.model.name: placement.model.path for placement in placements}
-    return gateway.bind(config.gateway, paths, models, identity)
+    return gateway.bind(config.gateway, config.classes, paths, models, identity)

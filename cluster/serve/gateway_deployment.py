@@ -11,6 +11,7 @@ from ray import serve
 from ray.serve.handle import DeploymentHandle
 
 from cluster.checkpoint import resolve_checkpoint
+from cluster.core.config import ClassesConfig
 from cluster.gateway.catalog import ServedModel
 from cluster.gateway.config import GatewayConfig
 from cluster.gateway.server import Gateway
@@ -28,6 +29,7 @@ class GatewayDeployment:
 
     Args:
         config: where to listen.
+        classes: of priority, the same for all models.
         paths: checkpoint by model name.
         models: the deployment that serves each model.
     """
@@ -38,6 +40,7 @@ class GatewayDeployment:
     async def __init__(  # type: ignore[misc]
         self,
         config: GatewayConfig,
+        classes: ClassesConfig,
         paths: Mapping[str, str],
         models: Mapping[str, DeploymentHandle],
         identity: ClusterIdentity,
@@ -55,7 +58,9 @@ class GatewayDeployment:
             self._gateway = Gateway(
                 config,
                 served,
+                classes=classes,
                 secret=identity.secret,
+                credentials=identity.certificate and identity.certificate.channel_credentials(),
                 metrics=RaySink(),
                 gateway_id=f"gateway-{context.replica_id.unique_id}",
             )
