@@ -3,29 +3,55 @@
 from __future__ import annotations
 
 import asyncio
+import logging
 import random
+import time
 from collections.abc import Callable, Collection, Sequence
 
-from cluster.core.routing import LeastTokens, ReplicaSnapshot
-from cluster.errors import ModelWarming
-from cluster.gateway.replica_link import ReplicaAddress, ReplicaLink
+import grpc
+
+from cluster.core.block_hash import block_hashes
+from cluster.core.prefix_index import block_name
+from cluster.core.request import Priority
+from cluster.core.router import Router
+from cluster.core.routing import Placement
+from cluster.core.routing_config import RoutingConfig
+from cluster.errors import InvalidRequest, ModelWarming
+from cluster.gateway.replica_link import ReplicaAddress, ReplicaLink, short_fingerprint
 from cluster.v1 import inference_pb2, replica_pb2
+from cluster.wire import priority_from_proto
+
+logger = logging.getLogger(__name__)
 
 
 class Balancer:
-    """Holds a link to each replica of a model; sends each request to the ready one with the least outstanding tokens.
+    """Holds a link to each replica of a model, and says which of them takes a request, and when.
 
     Args:
+        secret: what replicas ask for.
         on_change: called when ``ready`` may have changed.
+        config: how requests are spread.
+        credentials: of TLS to the replicas; None: no TLS.
     """
 
-    def __init__(self, model: str, *, gateway_id: str, secret: str, on_change: Callable[[], None]) -> None:
+    def __init__(
+        self,
+        model: str,
+        *,
+        gateway_id: str,
+        secret: str,
+        on_change: Callable[[], None],
+        config: RoutingConfig | None = None,
+        credentials: grpc.ChannelCredentials | None = None,
+    ) -> None:
         self.model = model
         self._gateway_id = gateway_id
         self._secret = secret
+        self._credentials = credentials
         self._on_change = on_change
         self._links: dict[str, ReplicaLink] = {}
-        self._policy = LeastTokens(random.Random())
+        self._router = Router(config or RoutingConfig(), random.Random())
+        self._on_room: list[Callable[[], None]] = []
         self._retired: list[ReplicaLink] = []
         self._waiting: list[Callable[[], None]] = []
         self._hello: replica_pb2.ReplicaHello | None = None
@@ -39,6 +65,7 @@ class Balancer:
         for replica_id, link in list(self._links.items()):
             if wanted.get(replica_id) != link.replica:
                 del self._links[replica_id]
+                self._router.outliers.forget(replica_id)
                 link.retire()
                 self._retired.append(link)
         for replica_id, replica in wanted.items():
@@ -48,7 +75,10 @@ class Balancer:
                     model=self.model,
                     gateway_id=self._gateway_id,
                     secret=self._secret,
+                    credentials=self._credentials,
                     on_change=self._changed,
+                    on_room=self._room,
+                    on_outcome=self._note,
                 )
         self._changed()
 
@@ -76,23 +106,142 @@ class Balancer:
             max_model_len=hello.max_model_len,
             vocab_size=hello.vocab_size,
             dtype=hello.dtype,
-            replicas=[link.status() for link in self._links.values()],
+            replicas=[
+                link.status(ejected=self._router.outliers.is_ejected(replica_id))
+                for replica_id, link in self._links.items()
+            ],
         )
 
-    def pick(self, *, excluded: Collection[ReplicaLink] = ()) -> ReplicaLink:
-        """The link for the next request.
+    @property
+    def num_gateways(self) -> int:
+        """That have streams to the replicas, this one included; as the replicas say."""
+        return max((link.load.num_gateways for link in self._links.values() if link.connected), default=1) or 1
+
+    def tokens_per_s(self) -> float | None:
+        """What the ready replicas compute while they work, prompts and completions, as they have measured; None: not
+        known."""
+        return sum(link.load.tokens_per_s for link in self._ready_links()) or None
+
+    @property
+    def tokens_per_s(self) -> float | None:
+        """This gateway's part of what the replicas say they compute; None: they have not measured it."""
+        total = sum(link.load.tokens_per_s for link in self._ready_links())
+        return total / self.num_gateways if total > 0 else None
+
+    # -- the choice ---------------------------------------------------------------------------------------------------
+
+    def placement(self, submit: replica_pb2.Submit, session_id: str = "") -> Placement:
+        """What the choice of a replica depends on, of a request as it would be sent now."""
+        hello = self._hello or replica_pb2.ReplicaHello()
+        token_ids = list(submit.prompt_token_ids)
+        num_tokens = len(token_ids) + sum(len(each.token_ids) for each in submit.emitted)
+        if len(submit.emitted) == 1:  # of several each has a sequence of its own, and only the prompt in common
+            token_ids += submit.emitted[0].token_ids
+        hashes: list[bytes] = []
+        if hello.advertises_blocks and hello.block_size:
+            hashes = block_hashes(token_ids, hello.block_size, submit.cache_salt.encode())
+        return Placement(
+            num_prompt_tokens=num_tokens,
+            max_tokens=submit.sampling.max_tokens,
+            priority=priority_from_proto(submit.priority) or Priority.P1,
+            block_hashes=tuple(map(block_name, hashes)),
+            session_id=session_id,
+        )
+
+    def pick(
+        self,
+        placement: Placement,
+        *,
+        excluded: Collection[ReplicaLink] = (),
+        only_digest: str | None = None,
+        prefer: replica_pb2.Fingerprint | None = None,
+    ) -> ReplicaLink:
+        """The link for a request, which is then sent there.
+
+        Args:
+            excluded: where it does not go.
+            only_digest: only to replicas of this model digest.
+            prefer: replicas of this fingerprint go first.
 
         Raises:
-            ModelWarming: no replica is ready, apart from the excluded ones.
+            ModelWarming: there is no such replica that is ready.
         """
-        replica_id = self._policy.pick(
-            ReplicaSnapshot(replica_id=replica_id, ready=link.ready, outstanding_tokens=link.outstanding_tokens)
-            for replica_id, link in self._links.items()
-            if link not in excluded
+        replica_id = self._router.pick(
+            placement,
+            [link.snapshot(placement) for link in self._ready_links() if link not in excluded],
+            now=time.monotonic(),
+            only_digest=only_digest,
+            prefer=None if prefer is None else short_fingerprint(prefer),
         )
         if replica_id is None:
             raise self._warming()
         return self._links[replica_id]
+
+    def has_room(self, priority: Priority) -> bool:
+        """Whether some replica may be given one more request of this class now: what was sent there and has not begun
+        is less than its window, or none of it is of this class, so that no class waits behind others' windows.
+        """
+        links = self._ready_links()
+        longest_s = max((link.ready_s for link in links), default=0.0)
+        return any(link.has_room(priority, self._router.weight(link.ready_s, longest_s)) for link in links)
+
+    def on_room(self, callback: Callable[[], None]) -> None:
+        """Calls back whenever there may be room that there was not; on the event loop."""
+        self._on_room.append(callback)
+
+    def predicted_ttft_s(self, placement: Placement) -> float | None:
+        """Until the first token of a request that is sent now, in seconds, where it would come soonest; what waits in
+        the gateway is not in it. None: not known."""
+        snapshots = [link.snapshot(placement) for link in self._ready_links()]
+        return self._router.predict_ttft_s(placement, snapshots)
+
+    def record_outcome(self, link: ReplicaLink, ok: bool) -> None:
+        """What a request says of its replica, beyond what the link has seen itself: first tokens, faults, its end."""
+        self._note(link, ok)
+
+    # -- what an operator or another gateway's client asks for ---------------------------------------------------------
+
+    def drain(self, replica_id: str, timeout_s: float | None = None) -> int:
+        """Gives a replica no new work; how many requests run there. What still does after ``timeout_s`` goes on
+        elsewhere; None: it may finish.
+
+        Raises:
+            InvalidRequest: there is no such replica.
+        """
+        link = self._named(replica_id)
+        link.held = True
+        self._changed()
+        if timeout_s is not None:
+            asyncio.get_running_loop().call_later(timeout_s, self._hand_back, link)
+        return link.num_submissions
+
+    def undrain(self, replica_id: str) -> None:
+        """Takes it back into service.
+
+        Raises:
+            InvalidRequest: there is no such replica.
+        """
+        self._named(replica_id).held = False
+        self._changed()
+
+    async def cancel_by_name(self, generation_id: str) -> bool:
+        """Ends a generation that another gateway has submitted; False where no replica runs it."""
+        answers = [link.cancel_by_name(generation_id) for link in (*self._links.values(), *self._retired)]
+        return any(await asyncio.gather(*answers))
+
+    def _named(self, replica_id: str) -> ReplicaLink:
+        if replica_id not in self._links:
+            names = ", ".join(sorted(self._links)) or "none"
+            raise InvalidRequest(
+                f"model {self.model!r} has no replica {replica_id!r}; it has {names}", field="replica_id"
+            )
+        return self._links[replica_id]
+
+    def _hand_back(self, link: ReplicaLink) -> None:
+        if link.held:
+            link.hand_back("the replica was drained")
+
+    # -- waiting ------------------------------------------------------------------------------------------------------
 
     def wait_ready(self, callback: Callable[[], None]) -> None:
         """Calls back, once, when a replica is ready; on the event loop, never from inside this call."""
@@ -116,6 +265,26 @@ class Balancer:
             waiting, self._waiting = self._waiting, []
             for callback in waiting:
                 callback()
+        self._room()
+
+    def _room(self) -> None:
+        for callback in self._on_room:
+            callback()
+
+    def _ready_links(self) -> list[ReplicaLink]:
+        return [link for link in self._links.values() if link.ready]
+
+    def _note(self, link: ReplicaLink, ok: bool | None) -> None:
+        replica_id, outliers = link.replica.replica_id, self._router.outliers
+        if self._links.get(replica_id) is not link:
+            return
+        if ok is None:
+            outliers.unsent(replica_id)
+            return
+        was_ejected = outliers.is_ejected(replica_id)
+        outliers.record(replica_id, ok, time.monotonic(), len(self._links))
+        if outliers.is_ejected(replica_id) != was_ejected:
+            logger.warning("replica %s %s", replica_id, "is back in service" if was_ejected else "fails: it is ejected")
 
     async def close(self) -> None:
         """Closes every link; what runs on them is lost."""

@@ -6,28 +6,39 @@ Runs on the event loop and calls back synchronously: a frame of 64 streams costs
 from __future__ import annotations
 
 import asyncio
+import hashlib
 import itertools
 import logging
+import math
 import random
+import time
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Protocol
 
 import grpc
 
-from cluster.errors import ClusterError, EngineFault, ReplicaLost, error_from_reason
+from cluster.core.prefix_index import PrefixIndex
+from cluster.core.request import Priority
+from cluster.core.routing import Placement, ReplicaSnapshot
+from cluster.core.unstarted_work import UnstartedWork
+from cluster.errors import EngineFault, ReplicaLost, error_from_reason
+from cluster.gateway.submission import Submission, SubmissionSink
 from cluster.v1 import inference_pb2, replica_pb2, replica_pb2_grpc
-from cluster.wire import PROTOCOL_VERSION, SECRET_KEY
+from cluster.wire import PROTOCOL_VERSION, SECRET_KEY, priority_from_proto
+
+# What a replica's certificate names: all of a cluster show the same one, whatever their addresses are.
+REPLICA_TLS_NAME = "replica.cluster"
 
 _MIN_BACKOFF_S = 0.05
 _MAX_BACKOFF_S = 2.0
+_WINDOW_STEPS = 2  # of prompts at a replica that have not begun: one is computed, one waits
 _CHANNEL_OPTIONS = (
     ("grpc.max_send_message_length", -1),
     ("grpc.max_receive_message_length", -1),
     # Each attempt connects at once: the link has its own backoff, and a shared subchannel would add a second one.
     ("grpc.use_local_subchannel_pool", 1),
     ("grpc.enable_retries", 0),
-    # A host that vanishes closes no socket; pings find out.
+    # A host that vanishes closes no socket, nor does a process that is stopped; pings find out.
     ("grpc.keepalive_time_ms", 10_000),
     ("grpc.keepalive_timeout_ms", 5_000),
     ("grpc.http2.max_pings_without_data", 0),
@@ -44,68 +55,21 @@ class ReplicaAddress:
     address: str
 
 
-class SubmissionSink(Protocol):
-    """Who gets what a submission yields. Called on the event loop; must not block."""
-
-    def on_tokens(self, delta: replica_pb2.TokenDelta) -> None:
-        """What one step added to one candidate. ``delta`` is only valid during the call."""
-
-    def on_failure(self, error: ClusterError) -> None:
-        """The replica gave up on the submission; nothing follows."""
-
-    def on_replica_lost(self, why: str) -> None:
-        """The stream broke, or the replica's engine has died; nothing follows."""
-
-
-class Submission:
-    """A request's stay at one replica."""
-
-    __slots__ = ("_link", "_prompt_tokens", "_remaining", "id", "sink")
-
-    def __init__(self, link: ReplicaLink, message: replica_pb2.Submit, sink: SubmissionSink) -> None:
-        self.id = message.id
-        self.sink = sink
-        self._link = link
-        self._prompt_tokens = len(message.prompt_token_ids)
-        self._remaining: dict[int, int] = dict.fromkeys(range(message.sampling.n), message.sampling.max_tokens)
-
-    @property
-    def live(self) -> bool:
-        """Whether any candidate is still to come."""
-        return bool(self._remaining)
-
-    @property
-    def outstanding_tokens(self) -> int:
-        return self._prompt_tokens + sum(self._remaining.values())
-
-    def settle(self, candidate_index: int, num_tokens: int, finished: bool) -> int:
-        """Books what a candidate received; returns how many outstanding tokens that takes away.
-
-        Raises:
-            KeyError: no such candidate is running.
-        """
-        settled, self._prompt_tokens = self._prompt_tokens, 0
-        remaining = self._remaining[candidate_index]
-        if finished:
-            del self._remaining[candidate_index]
-            return settled + remaining
-        num_tokens = min(num_tokens, remaining)
-        self._remaining[candidate_index] = remaining - num_tokens
-        return settled + num_tokens
-
-    def cancel(self, candidate_index: int | None = None) -> None:
-        """Tells the replica to stop, one candidate or all. What had ended is left alone; the sink hears no more."""
-        self._link.cancel(self, candidate_index)
-
-    def runs(self, candidate_index: int) -> bool:
-        return candidate_index in self._remaining
-
-
 class ReplicaLink:
     """Keeps a stream to a replica open, submits work on it and hands back what comes.
 
+    Attributes:
+        hello: what the replica said of itself when it was met last; None before.
+        load: what it has said of its load last.
+        fingerprint: of ``hello``, short; equal for replicas of equal fingerprints.
+        outstanding_tokens: prompt and completion tokens that this gateway sent it and that are not done.
+        held: whether an operator has taken it out of service.
+
     Args:
+        credentials: of a TLS channel, whose certificate names REPLICA_TLS_NAME; None: no TLS.
         on_change: called when ``ready`` may have changed.
+        on_room: called when less has been sent that has not begun.
+        on_outcome: called with what a request's end, or its first token, says of the replica; None: nothing.
     """
 
     def __init__(
@@ -115,16 +79,28 @@ class ReplicaLink:
         model: str,
         gateway_id: str,
         secret: str,
+        credentials: grpc.ChannelCredentials | None,
         on_change: Callable[[], None],
+        on_room: Callable[[], None],
+        on_outcome: Callable[[ReplicaLink, bool | None], None],
     ) -> None:
         self.replica = replica
         self.hello: replica_pb2.ReplicaHello | None = None
         self.load = replica_pb2.ReplicaLoad()
+        self.fingerprint = ""
         self.outstanding_tokens = 0
+        self.held = False
         self._model = model
         self._gateway_id = gateway_id
         self._secret = secret
+        self._credentials = credentials
         self._on_change = on_change
+        self._on_room = on_room
+        self._on_outcome = on_outcome
+        self._cached = PrefixIndex()
+        self._unstarted = UnstartedWork()
+        self._connected_s = 0.0
+        self._questions: dict[int, asyncio.Future[bool]] = {}
         self._submissions: dict[int, Submission] = {}
         self._ids = itertools.count(1)
         self._connected = False
@@ -139,17 +115,64 @@ class ReplicaLink:
     @property
     def ready(self) -> bool:
         """Whether the replica takes new work."""
-        return self._connected and not self._retired and not self.load.draining
+        return self._connected and not self._retired and not self.held and not self.load.draining
+
+    @property
+    def connected(self) -> bool:
+        return self._connected
+
+    @property
+    def ready_s(self) -> float:
+        """For how long there has been a stream, in seconds."""
+        return time.monotonic() - self._connected_s if self._connected else 0.0
 
     @property
     def num_submissions(self) -> int:
         return len(self._submissions)
 
-    def status(self) -> inference_pb2.ReplicaStatus:
+    def has_room(self, priority: Priority, weight: float) -> bool:
+        """Whether one more request of this class may be sent now.
+
+        Args:
+            weight: which part of the usual may be under way.
+        """
+        window_tokens = _WINDOW_STEPS * self.hello.max_num_batched_tokens or math.inf
+        return self._unstarted.has_room(priority, weight * window_tokens)
+
+    def cached_tokens(self, placement: Placement) -> int:
+        """How much of a prompt will not have to be computed: found in the replica's cache, or about to be there.
+
+        Its last token always is: its logits are wanted.
+        """
+        hashes = placement.block_hashes
+        if not hashes:
+            return 0
+        num_blocks = max(self._cached.match(hashes), self._unstarted.match(hashes))
+        return min(num_blocks * self.hello.block_size, placement.num_prompt_tokens - 1)
+
+    def snapshot(self, placement: Placement) -> ReplicaSnapshot:
+        """The replica as routing sees it, for one request. It has been met."""
+        hello, load = self.hello, self.load
+        return ReplicaSnapshot(
+            replica_id=self.replica.replica_id,
+            ready=self.ready,
+            outstanding_tokens=self.outstanding_tokens,
+            group=hello.group,
+            model_digest=hello.fingerprint.model_digest,
+            fingerprint=self.fingerprint,
+            ready_s=self.ready_s,
+            backlog_tokens=self._unstarted.backlog_tokens(load.queued_tokens),
+            cached_tokens=self.cached_tokens(placement),
+            step_s=load.step_s,
+            prompt_token_s=load.prompt_token_s,
+            max_num_batched_tokens=hello.max_num_batched_tokens,
+        )
+
+    def status(self, *, ejected: bool) -> inference_pb2.ReplicaStatus:
         """How the replica stands, for ListModels."""
         hello, load = self.hello or replica_pb2.ReplicaHello(), self.load
         if self.ready:
-            state = inference_pb2.REPLICA_STATE_READY
+            state = inference_pb2.REPLICA_STATE_EJECTED if ejected else inference_pb2.REPLICA_STATE_READY
         elif self._connected:
             state = inference_pb2.REPLICA_STATE_DRAINING
         else:
@@ -164,16 +187,31 @@ class ReplicaLink:
             kv_capacity_tokens=hello.kv_capacity_tokens,
             kv_usage=1 - load.free_blocks / load.num_blocks if load.num_blocks else 0.0,
             device=hello.device,
+            group=hello.group,
+            fingerprint=self.fingerprint,
         )
 
     # -- work ---------------------------------------------------------------------------------------------------------
 
-    def submit(self, message: replica_pb2.Submit, sink: SubmissionSink) -> Submission:
-        """Sends a request; only while ``ready``. Sets ``message.id``."""
+    def submit(
+        self, message: replica_pb2.Submit, sink: SubmissionSink, placement: Placement | None = None
+    ) -> Submission:
+        """Sends a request; only while ``ready``. Sets ``message.id``.
+
+        Args:
+            placement: what the choice of this replica was made with; None: all of the prompt is to be computed.
+        """
         message.id = next(self._ids)
         submission = Submission(self, message, sink)
         self._submissions[submission.id] = submission
         self.outstanding_tokens += submission.outstanding_tokens
+        if placement is None:
+            placement = Placement(
+                num_prompt_tokens=len(message.prompt_token_ids),
+                max_tokens=message.sampling.max_tokens,
+                priority=priority_from_proto(message.priority) or Priority.P1,
+            )
+        self._unstarted.add(submission.id, placement, self.cached_tokens(placement))
         self._outbox.submits.append(message)
         self._outbox_filled.set()
         return submission
@@ -190,6 +228,26 @@ class ReplicaLink:
         self._outbox_filled.set()
         if candidate_index is None or not submission.live:
             self._forget(submission)
+
+    def cancel_by_name(self, generation_id: str) -> asyncio.Future[bool]:
+        """Ends what any gateway has submitted under this name; whether it ran there. False where the stream breaks."""
+        question = next(self._ids)
+        answer: asyncio.Future[bool] = asyncio.get_running_loop().create_future()
+        if not self._connected:
+            answer.set_result(False)
+            return answer
+        self._questions[question] = answer
+        self._outbox.cancels_by_name.append(replica_pb2.CancelByName(id=question, generation_id=generation_id))
+        self._outbox_filled.set()
+        return answer
+
+    def hand_back(self, why: str) -> None:
+        """Cancels all that runs there and gives it back to its sinks as lost, to go on elsewhere."""
+        lost = list(self._submissions.values())
+        for submission in lost:
+            self.cancel(submission, None)
+        for submission in lost:
+            submission.sink.on_replica_lost(why)
 
     def retire(self) -> None:
         """Takes no new work from now on, and closes when what runs has finished."""
@@ -210,6 +268,10 @@ class ReplicaLink:
     def _forget(self, submission: Submission) -> None:
         self.outstanding_tokens -= submission.outstanding_tokens
         del self._submissions[submission.id]
+        if self._unstarted.remove(submission.id):
+            if self._connected:
+                self._on_outcome(self, None)
+            self._on_room()
         if self._retired and not self._submissions:
             self._task.cancel()
 
@@ -250,7 +312,7 @@ class ReplicaLink:
             hello=replica_pb2.GatewayHello(gateway_id=self._gateway_id, protocol_version=PROTOCOL_VERSION)
         )
         self._outbox_filled.set()
-        async with grpc.aio.insecure_channel(self.replica.address, options=_CHANNEL_OPTIONS) as channel:
+        async with self._open_channel() as channel:
             call = replica_pb2_grpc.ReplicaServiceStub(channel).Connect(metadata=((SECRET_KEY, self._secret),))
             writer = asyncio.create_task(self._write_frames(call))
             try:
@@ -264,6 +326,12 @@ class ReplicaLink:
                 writer.cancel()
                 call.cancel()
                 await asyncio.wait([writer])
+
+    def _open_channel(self) -> grpc.aio.Channel:
+        if self._credentials is None:
+            return grpc.aio.insecure_channel(self.replica.address, options=_CHANNEL_OPTIONS)
+        options = (*_CHANNEL_OPTIONS, ("grpc.ssl_target_name_override", REPLICA_TLS_NAME))
+        return grpc.aio.secure_channel(self.replica.address, self._credentials, options=options)
 
     async def _write_frames(self, call: grpc.aio.StreamStreamCall) -> None:
         """Sends what has gathered since the last write, until the stream breaks (the reader says why)."""
@@ -284,17 +352,29 @@ class ReplicaLink:
             raise EngineFault(f"it serves {hello.model!r}, not {self._model!r}")
         self.hello = hello
         self.load = frame.load
+        self.fingerprint = short_fingerprint(hello.fingerprint)
         self._connected = True
+        self._connected_s = time.monotonic()
         self._reported = False
         self._on_change()
 
     def _dispatch(self, frame: replica_pb2.ReplicaFrame) -> None:
         submissions = self._submissions
+        # Before the deltas: a prompt is in the cache before it leaves the prompts that are about to be.
+        if frame.HasField("cached_blocks"):
+            blocks = frame.cached_blocks
+            self._cached.apply(reset=blocks.reset, added=blocks.added, removed=blocks.removed)
+        num_started = 0
         for delta in frame.deltas:
             submission = submissions.get(delta.id)
             # Cancelled while the frame was on its way: nobody waits for it.
             if submission is None or not submission.runs(delta.candidate_index):
                 continue
+            if not submission.started:
+                submission.started = True
+                self._unstarted.remove(submission.id)
+                self._on_outcome(self, True)
+                num_started += 1
             finished = delta.finish_reason != 0
             self.outstanding_tokens -= submission.settle(delta.candidate_index, len(delta.token_ids), finished)
             if finished and not submission.live:
@@ -306,18 +386,43 @@ class ReplicaLink:
             self._on_change()
         for failure in frame.failures:
             submission = submissions.get(failure.id)
-            if submission is None:
-                continue
-            self._forget(submission)
-            if failure.reason == ReplicaLost.reason:
-                submission.sink.on_replica_lost(failure.message)
-            else:
-                submission.sink.on_failure(error_from_reason(failure.reason, failure.message, field=failure.field))
+            if submission is not None:
+                self._fail(submission, failure)
+        for reply in frame.cancel_replies:
+            answer = self._questions.pop(reply.id, None)
+            if answer is not None and not answer.done():
+                answer.set_result(reply.found)
+        if num_started:
+            self._on_room()
+
+    def _fail(self, submission: Submission, failure: replica_pb2.Failure) -> None:
+        if failure.reason == EngineFault.reason:
+            self._unstarted.remove(submission.id)
+            self._on_outcome(self, False)
+        self._forget(submission)
+        if failure.reason == ReplicaLost.reason:
+            submission.sink.on_replica_lost(failure.message)
+        else:
+            submission.sink.on_failure(error_from_reason(failure.reason, failure.message, field=failure.field))
 
     def _lose_submissions(self) -> None:
         lost, self._submissions = self._submissions, {}
+        questions, self._questions = self._questions, {}
         self.outstanding_tokens = 0
         self.load = replica_pb2.ReplicaLoad()
+        self._cached = PrefixIndex()
+        self._unstarted = UnstartedWork()
+        if lost:
+            self._on_outcome(self, False)
         self._on_change()
+        for answer in questions.values():
+            if not answer.done():
+                answer.set_result(False)
         for submission in lost.values():
             submission.sink.on_replica_lost("the stream to the replica broke")
+
+
+def short_fingerprint(fingerprint: replica_pb2.Fingerprint) -> str:
+    """Equal where fingerprints are equal; "" for a replica that says nothing of itself."""
+    packed = fingerprint.SerializeToString(deterministic=True)
+    return hashlib.blake2b(packed, digest_size=6).hexdigest() if packed else ""

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from functools import partial
 
 from cluster.core.request import Request
-from cluster.core.routing import LeastTokens, ReplicaSnapshot
+from cluster.core.routing import LeastTokens, Placement, ReplicaSnapshot
 from cluster.errors import InvalidRequest, Overloaded
 from cluster.sim.events import EventQueue
 from cluster.sim.recording import Ending, Recording
@@ -96,17 +96,11 @@ class Simulator:
         self._expect(following)
         now = self.now
         request_id = self.recording.arrive(arrival)
-        replica_id = self._routing.pick(
-            ReplicaSnapshot(
-                replica_id=replica.replica_id, ready=replica.is_up, outstanding_tokens=replica.outstanding_tokens
-            )
-            for replica in self._replicas
-        )
-        self._note("arrive", request_id, replica_id)
-        if replica_id is None:
+        replica = self._route(arrival)
+        self._note("arrive", request_id, replica and replica.replica_id)
+        if replica is None:
             self._end(request_id, Ending.REFUSED)
             return
-        replica = self._by_id[replica_id]
         request = Request(
             request_id=request_id,
             num_prompt_tokens=arrival.num_prompt_tokens,
@@ -126,6 +120,17 @@ class Simulator:
             self._events.add(now + arrival.leaves_after_s, partial(self._leave, request_id))
         if replica.step is None:
             self._begin(replica)
+
+    def _route(self, arrival: Arrival) -> Replica | None:
+        snapshots = [
+            ReplicaSnapshot(replica_id=each.replica_id, ready=True, outstanding_tokens=each.outstanding_tokens)
+            for each in self._replicas
+            if each.is_up
+        ]
+        if not snapshots:
+            return None
+        placement = Placement(num_prompt_tokens=arrival.num_prompt_tokens, max_tokens=arrival.num_output_tokens)
+        return self._by_id[self._routing.pick(placement, snapshots).replica_id]
 
     def _begin(self, replica: Replica) -> None:
         for request_id in replica.begin(self.now):
