@@ -19,7 +19,6 @@ from cluster.core.routing_config import RoutingConfig
 from cluster.errors import InvalidRequest, ModelWarming
 from cluster.gateway.replica_link import ReplicaAddress, ReplicaLink, short_fingerprint
 from cluster.v1 import inference_pb2, replica_pb2
-from cluster.wire import priority_from_proto
 
 logger = logging.getLogger(__name__)
 
@@ -130,23 +129,12 @@ class Balancer:
 
     # -- the choice ---------------------------------------------------------------------------------------------------
 
-    def placement(self, submit: replica_pb2.Submit, session_id: str = "") -> Placement:
-        """What the choice of a replica depends on, of a request as it would be sent now."""
-        hello = self._hello or replica_pb2.ReplicaHello()
-        token_ids = list(submit.prompt_token_ids)
-        num_tokens = len(token_ids) + sum(len(each.token_ids) for each in submit.emitted)
-        if len(submit.emitted) == 1:  # of several each has a sequence of its own, and only the prompt in common
-            token_ids += submit.emitted[0].token_ids
-        hashes: list[bytes] = []
-        if hello.advertises_blocks and hello.block_size:
-            hashes = block_hashes(token_ids, hello.block_size, submit.cache_salt.encode())
-        return Placement(
-            num_prompt_tokens=num_tokens,
-            max_tokens=submit.sampling.max_tokens,
-            priority=priority_from_proto(submit.priority) or Priority.P1,
-            block_hashes=tuple(map(block_name, hashes)),
-            session_id=session_id,
-        )
+    def block_hashes(self, token_ids: Sequence[int], cache_salt: str = "") -> tuple[int, ...]:
+        """What a prompt's blocks are called, for Placement; empty where no replica says what it has cached."""
+        hello = self._hello
+        if hello is None or not hello.advertises_blocks or not hello.block_size:
+            return ()
+        return tuple(map(block_name, block_hashes(token_ids, hello.block_size, cache_salt.encode())))
 
     def pick(
         self,
