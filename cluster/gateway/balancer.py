@@ -116,11 +116,6 @@ class Balancer:
         """That have streams to the replicas, this one included; as the replicas say."""
         return max((link.load.num_gateways for link in self._links.values() if link.connected), default=1) or 1
 
-    def tokens_per_s(self) -> float | None:
-        """What the ready replicas compute while they work, prompts and completions, as they have measured; None: not
-        known."""
-        return sum(link.load.tokens_per_s for link in self._ready_links()) or None
-
     @property
     def tokens_per_s(self) -> float | None:
         """This gateway's part of what the replicas say they compute; None: they have not measured it."""
