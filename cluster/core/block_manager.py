@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from itertools import islice
 
 from cluster.core.eviction_queue import EvictionQueue
-from cluster.core.prefix_cache import PrefixCache
+from cluster.core.prefix_cache import CacheChanges, PrefixCache
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -240,6 +240,10 @@ class BlockManager:
                     self._cache.release(block_id)
                 else:
                     self._free.append(block_id)
+
+    def take_cache_changes(self) -> CacheChanges:
+        """Which cached content has come and gone since the last call."""
+        return self._cache.take_changes()
 
     def check_integrity(self) -> None:
         """Raises RuntimeError unless each block is empty, cached or held, counts are true and chains whole."""

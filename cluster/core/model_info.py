@@ -24,6 +24,8 @@ class ModelInfo:
         kernels: in use, e.g. ``"cpu avx512"``, ``"torch"``.
         weights: number format of the matrices, e.g. ``"int8"``.
         kv_cache_dtype: of cached keys and values.
+        processor: that computes it: instruction set, or type of GPU; of all shards, where they differ.
+        digest: of the checkpoint's configuration and weights; equal ones are the same model.
         tp_size, pp_size: shards of each stage, and stages, of the replica.
         batch_invariant: a request's tokens and log probabilities are the same bit for bit alone and in any batch.
     """
@@ -42,6 +44,8 @@ class ModelInfo:
     kv_cache_dtype: str = "float32"
     batch_invariant: bool = False
     block_bytes: int = 0
+    processor: str = ""
+    digest: str = ""
     tp_size: int = 1
     pp_size: int = 1
 

@@ -3,9 +3,22 @@
 from __future__ import annotations
 
 from collections.abc import Collection, Iterable
+from dataclasses import dataclass
 
 from cluster.core.cached_block import CachedBlock
 from cluster.core.eviction_queue import EvictionQueue
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class CacheChanges:
+    """Blocks that can be found now and could not before, and the other way round. Each is named by the first 8 bytes,
+    big-endian, of its hash."""
+
+    added: tuple[int, ...] = ()
+    removed: tuple[int, ...] = ()
+
+
+_NO_CHANGES = CacheChanges()
 
 
 class PrefixCache:
@@ -29,6 +42,9 @@ class PrefixCache:
         self._evictable = evictable
         self.num_idle = 0
         self._num_inserted = 0
+        # Net of what ``take_changes`` has told: so there are never more than blocks that it told of, or are here.
+        self._added: dict[bytes, None] = {}
+        self._removed: dict[bytes, None] = {}
 
     def __contains__(self, block_id: int) -> bool:
         return block_id in self._by_id
@@ -60,6 +76,10 @@ class PrefixCache:
             parent.num_children += 1
             self._evictable.discard(parent)
         self._by_hash[block_hash] = self._by_id[block_id] = block
+        if block_hash in self._removed:
+            del self._removed[block_hash]
+        else:
+            self._added[block_hash] = None
         return block
 
     def hold(self, chain: Iterable[CachedBlock]) -> None:
@@ -84,6 +104,10 @@ class PrefixCache:
         """Forgets the block that is worth least, and returns it. Raises IndexError where all are held."""
         block = self._evictable.pop()
         del self._by_hash[block.block_hash], self._by_id[block.block_id]
+        if block.block_hash in self._added:
+            del self._added[block.block_hash]
+        else:
+            self._removed[block.block_hash] = None
         self.num_idle -= 1
         parent = block.parent
         if parent is not None:
@@ -91,6 +115,14 @@ class PrefixCache:
             if parent.num_children == 0 and not parent.held:
                 self._evictable.push(parent)
         return block.block_id
+
+    def take_changes(self) -> CacheChanges:
+        """What has changed since the last call."""
+        if not self._added and not self._removed:
+            return _NO_CHANGES
+        changes = CacheChanges(added=tuple(map(_name, self._added)), removed=tuple(map(_name, self._removed)))
+        self._added, self._removed = {}, {}
+        return changes
 
     def idle_block_ids(self) -> list[int]:
         return [block.block_id for block in self._by_id.values() if not block.held]
@@ -120,3 +152,7 @@ class PrefixCache:
         num_idle = sum(not block.held for block in self._by_id.values())
         if (len(self._by_hash), self.num_idle, len(self._evictable)) != (len(self._by_id), num_idle, num_evictable):
             raise RuntimeError(f"the prefix cache miscounts: {num_idle} of {len(self._by_id)} blocks are idle")
+
+
+def _name(block_hash: bytes) -> int:
+    return int.from_bytes(block_hash[:8], "big")

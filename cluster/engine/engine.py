@@ -6,11 +6,14 @@ import math
 import time
 from collections import deque
 from collections.abc import Callable
+from dataclasses import replace
 
 from cluster.core.block_manager import BlockManager
+from cluster.core.config import ClassesConfig
 from cluster.core.schedule import Schedule
 from cluster.core.scheduler import Scheduler
 from cluster.core.step import SampledToken, StepInput, StepOutput
+from cluster.core.step_pace import StepPace
 from cluster.engine.config import EngineConfig
 from cluster.engine.executor import Executor, ModelInfo
 from cluster.engine.intake import Intake
@@ -29,15 +32,24 @@ class Engine:
         executor: runs the model; the engine owns it from here on.
         config: limits.
         clock: monotonic seconds; deadlines are on it.
+        classes: shares and latency targets of the priority classes; None: their defaults.
     """
 
-    def __init__(self, executor: Executor, config: EngineConfig, clock: Callable[[], float] = time.monotonic) -> None:
+    def __init__(
+        self,
+        executor: Executor,
+        config: EngineConfig,
+        clock: Callable[[], float] = time.monotonic,
+        *,
+        classes: ClassesConfig | None = None,
+    ) -> None:
         self._executor = executor
         self._clock = clock
         self._blocks = BlockManager(executor.model.num_blocks, executor.model.block_size)
         self._scheduler = Scheduler(
             config.scheduler,
             self._blocks,
+            classes=classes,
             block_bytes=executor.model.block_bytes,
             num_stages=executor.model.pp_size,
         )
@@ -47,6 +59,7 @@ class Engine:
         self._done: list[Delta] = []  # of candidates that came with all of their tokens
         self._in_flight: deque[tuple[Schedule, float]] = deque()  # with the time of submission
         self._collected_at = -math.inf
+        self._pace = StepPace()
         self._num_sequences = 0
         self._num_steps = 0
         self._fault: EngineFault | None = None
@@ -72,6 +85,9 @@ class Engine:
             num_blocks=self._blocks.num_blocks,
             queued_tokens=self._scheduler.num_queued_tokens,
             num_preemptions=self._scheduler.num_preemptions,
+            step_s=self._pace.step_s,
+            prompt_token_s=self._pace.prompt_token_s,
+            tokens_per_s=self._pace.tokens_per_s,
         )
 
     def add(self, submission: Submission) -> None:
@@ -153,7 +169,7 @@ class Engine:
         except EngineFault as fault:
             events.failures.extend(self._hand_back(fault))
             self._die(fault)
-        return events
+        return replace(events, cache_changes=self._blocks.take_cache_changes())
 
     def shutdown(self) -> None:
         """Releases the model. Live submissions end without an event. Idempotent."""
@@ -187,6 +203,7 @@ class Engine:
 
     def _take_in(self, schedule: Schedule, output: StepOutput, began_at: float, events: StepEvents) -> None:
         now = self._collected_at
+        self._pace.observe(schedule, now - began_at - output.parking_s)
         stopped: set[int] = set()
         failed: dict[int, str] = {}  # by submission: a candidate's failure ends its siblings, and nobody else
         for share in schedule.scheduled:

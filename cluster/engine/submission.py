@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
+from cluster.core.prefix_cache import CacheChanges
 from cluster.core.request import FinishReason, Priority, SamplingParams
 from cluster.core.step import SampledToken
 from cluster.engine.stay import StayTimes
@@ -74,10 +75,15 @@ class Failure:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class StepEvents:
-    """What a step yielded."""
+    """What a step yielded.
+
+    Attributes:
+        cache_changes: which content of KV blocks has become findable, or lost, since the step before.
+    """
 
     deltas: list[Delta] = field(default_factory=list)
     failures: list[Failure] = field(default_factory=list)
+    cache_changes: CacheChanges = field(default_factory=CacheChanges)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -89,6 +95,9 @@ class EngineLoad:
         free_blocks, num_blocks: KV blocks.
         queued_tokens: tokens known but not yet computed.
         num_preemptions: since the engine started.
+        step_s: what a step takes without prompts, in seconds, as measured lately; 0: not known.
+        prompt_token_s: what each token of a prompt adds to a step, in seconds; 0: not known.
+        tokens_per_s: tokens computed per second of work, prompts and completions; 0: not known.
     """
 
     running: int
@@ -97,3 +106,6 @@ class EngineLoad:
     num_blocks: int
     queued_tokens: int
     num_preemptions: int
+    step_s: float = 0.0
+    prompt_token_s: float = 0.0
+    tokens_per_s: float = 0.0

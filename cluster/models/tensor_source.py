@@ -76,7 +76,7 @@ class CheckpointTensors:
         self._descriptors: dict[Path, int] = {}
         self._stored: dict[str, StoredTensor] = {}
         for file in weight_files(checkpoint):
-            for name, tensor in _stored_tensors(file).items():
+            for name, tensor in stored_tensors(file).items():
                 if name in self._stored:
                     raise CheckpointError(f"{file}: tensor {name} is stored twice, here and in another file")
                 self._stored[name] = tensor
@@ -219,7 +219,8 @@ def read_header(file: Path) -> bytes:
         return length + stored.read(int.from_bytes(length, "little"))
 
 
-def _stored_tensors(file: Path) -> dict[str, StoredTensor]:
+def stored_tensors(file: Path) -> dict[str, StoredTensor]:
+    """The tensors of one file, by name. Raises CheckpointError where it is broken, or holds what is no weight."""
     try:
         # Checks the header: sizes, offsets and the file's length belong together.
         with safe_open(file, framework="pt", device="cpu"):

@@ -24,6 +24,8 @@ class ModelConfig:
         num_cpus: Ray CPUs that each shard reserves; unset: 1, on a local Ray a share of the machine.
         num_gpus: GPUs that each shard reserves; unset: 1 where the worker's device is CUDA, else 0.
         accelerator_type: what Ray calls the devices that shards may run on, e.g. H100; unset: any.
+        group_label: Ray node label whose value is a replica's node group: a zone, a rack or an accelerator class.
+            Gateways choose the group first, then the replica in it.
         worker: device, number format and memory of each shard.
         engine: batch and queue limits.
         startup_timeout_s: a replica that is not ready by then stops start-up.
@@ -37,6 +39,7 @@ class ModelConfig:
     num_cpus: float | None = None
     num_gpus: float | None = None
     accelerator_type: str | None = None
+    group_label: str = "ray.io/availability-zone"
     worker: WorkerConfig = field(default_factory=WorkerConfig)
     engine: EngineConfig = field(default_factory=EngineConfig)
     startup_timeout_s: float = 600.0

@@ -11,6 +11,7 @@ import ray
 from ray import serve
 from ray.util.placement_group import get_current_placement_group
 
+from cluster.core.config import ClassesConfig
 from cluster.core.startup_ledger import Stage
 from cluster.engine.submission import EngineLoad
 from cluster.errors import ClusterError, EngineFault
@@ -39,14 +40,16 @@ class ModelReplica:
     _metrics: asyncio.Task[None] | None = None  # from when it serves
 
     async def __init__(  # type: ignore[misc]
-        self, model: ModelConfig, shard: Resources, identity: ClusterIdentity
+        self, model: ModelConfig, classes: ClassesConfig, shard: Resources, identity: ClusterIdentity
     ) -> None:
         """
         Args:
+            classes: of priority, the same for all models.
             shard: reserved by each shard of a group, in the placement group that this actor is in.
         """
         configure_logging(identity.logging.level, identity.logging.format)
         self._model = model
+        self._classes = classes
         self._shard = shard
         self._identity = identity
         self._replica_id = serve.get_replica_context().replica_id.unique_id
@@ -58,6 +61,9 @@ class ModelReplica:
             replica_id=self._replica_id,
             model=model.name,
             secret=identity.secret,
+            credentials=identity.certificate and identity.certificate.server_credentials(),
+            limits=model.engine,
+            group=ray.get_runtime_context().get_node_labels().get(model.group_label, ""),
             host=self._host,
             on_fault=self._end,
         )
@@ -95,7 +101,9 @@ class ModelReplica:
             return
         self._metrics.cancel()
         if not await self._server.drain(self._model.drain_timeout_s):
-            logger.warning("replica %s stops with %d sequences running", self._replica_id, self._server.load.running)
+            logger.warning(
+                "replica %s has handed back what still ran when it had drained long enough", self._replica_id
+            )
         await self._server.stop()
 
     def _create_engine(self) -> Engine:
@@ -123,7 +131,7 @@ class ModelReplica:
         )
         if isinstance(executor, GroupExecutor):
             executor.lost.add_done_callback(self._lose)
-        return TokenEngine(executor, self._model.engine)
+        return TokenEngine(executor, self._model.engine, classes=self._classes)
 
     def _report_rank(self, rank: int, node: str, reached: Stage) -> None:
         """What a rank has reached, as the stage that begins then."""

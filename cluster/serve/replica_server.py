@@ -7,28 +7,25 @@ import hmac
 import itertools
 import time
 from collections.abc import AsyncIterator, Callable, Iterable, Mapping
-from dataclasses import asdict
 
 import grpc
 
+from cluster.engine.config import EngineConfig
 from cluster.engine.executor import ModelInfo
-from cluster.engine.submission import Delta, EngineLoad, StepEvents, Submission
-from cluster.errors import ClusterError, Draining, EngineFault, InvalidRequest, ReplicaLost
+from cluster.engine.submission import EngineLoad, StepEvents, Submission
+from cluster.errors import Cancelled, ClusterError, Draining, EngineFault, InvalidRequest, ReplicaLost
+from cluster.serve.addresses import join_host_port
 from cluster.serve.engine_thread import Commands, Engine, EngineThread
+from cluster.serve.replica_hello import hello
+from cluster.serve.replica_stream import ReplicaStream
 from cluster.v1 import replica_pb2, replica_pb2_grpc
-from cluster.wire import (
-    PROTOCOL_VERSION,
-    SECRET_KEY,
-    finish_reason_to_proto,
-    logprobs_to_proto,
-    priority_from_proto,
-    sampling_from_proto,
-)
+from cluster.wire import PROTOCOL_VERSION, SECRET_KEY, priority_from_proto, sampling_from_proto
 
 # A gateway that reads nothing for this many deltas (10 s of 64 streams at 100 tokens/s) is taken for stuck.
 _MAX_PENDING_DELTAS = 65_536
 _LOAD_INTERVAL_S = 0.1
 _STALL_S = 120.0
+_FLUSH_S = 5.0  # for gateways to take what they are told last
 _SERVER_OPTIONS = (
     ("grpc.so_reuseport", 0),
     ("grpc.max_send_message_length", -1),
@@ -42,31 +39,21 @@ _SERVER_OPTIONS = (
 )
 
 
-class _Stream:
-    """One gateway's stream. What is not yet written gathers in one frame, so a slow reader costs no extra messages."""
-
-    def __init__(self) -> None:
-        self.submission_ids: dict[int, int] = {}  # wire id -> the engine's submission id
-        self.pending = replica_pb2.ReplicaFrame()
-        self.filled = asyncio.Event()
-        self.reported_at = 0.0
-        self.stuck: asyncio.Future[None] = asyncio.get_running_loop().create_future()
-
-    def take_pending(self) -> replica_pb2.ReplicaFrame:
-        frame, self.pending = self.pending, replica_pb2.ReplicaFrame()
-        self.filled.clear()
-        return frame
-
-
 class _Route:
-    """Where a submission's tokens go, and which of its candidates still run."""
+    """Where a submission's tokens go.
 
-    __slots__ = ("candidates", "stream", "wire_id")
+    Attributes:
+        num_emitted_tokens: of each of its candidates that still run, by index, how many have gone there.
+        generation_id: by which other gateways know it; empty: they do not.
+    """
 
-    def __init__(self, stream: _Stream, wire_id: int, candidates: Iterable[int]) -> None:
+    __slots__ = ("generation_id", "num_emitted_tokens", "stream", "wire_id")
+
+    def __init__(self, stream: ReplicaStream, wire_id: int, candidates: Iterable[int], generation_id: str) -> None:
         self.stream = stream
         self.wire_id = wire_id
-        self.candidates = set(candidates)
+        self.num_emitted_tokens = dict.fromkeys(candidates, 0)
+        self.generation_id = generation_id
 
 
 class ReplicaServer(replica_pb2_grpc.ReplicaServiceServicer):
@@ -77,6 +64,9 @@ class ReplicaServer(replica_pb2_grpc.ReplicaServiceServicer):
         replica_id: as gateways know it.
         model: the served model's name.
         secret: gateways must present it.
+        credentials: of TLS; None: no TLS.
+        limits: of the engine.
+        group: the replica's zone, rack or accelerator class; empty: none.
         host: address to bind.
         on_fault: called on the loop when the engine has died and its failures are on their way.
     """
@@ -88,6 +78,9 @@ class ReplicaServer(replica_pb2_grpc.ReplicaServiceServicer):
         replica_id: str,
         model: str,
         secret: str,
+        credentials: grpc.ServerCredentials | None = None,
+        limits: EngineConfig | None = None,
+        group: str = "",
         host: str = "127.0.0.1",
         on_fault: Callable[[EngineFault], None] = lambda fault: None,
     ) -> None:
@@ -95,12 +88,17 @@ class ReplicaServer(replica_pb2_grpc.ReplicaServiceServicer):
         self._replica_id = replica_id
         self._model = model
         self._secret = secret.encode()
+        self._credentials = credentials
+        self._limits = limits or EngineConfig()
+        self._group = group
         self._host = host
         self._on_fault = on_fault
-        self._streams: set[_Stream] = set()
+        self._streams: set[ReplicaStream] = set()
+        self._cached_blocks: set[int] = set()
         self._routes: dict[int, _Route] = {}
         self._submission_ids = itertools.count()
         self._draining = False
+        self._ending = asyncio.Event()
         self._idle = asyncio.Event()
         self._idle.set()
         self._server = grpc.aio.server(options=_SERVER_OPTIONS)
@@ -119,7 +117,12 @@ class ReplicaServer(replica_pb2_grpc.ReplicaServiceServicer):
             queued_tokens=0,
             num_preemptions=0,
         )
-        port: int = self._server.add_insecure_port(f"{self._host}:0")
+        address = join_host_port(self._host, 0)
+        port: int = (
+            self._server.add_insecure_port(address)
+            if self._credentials is None
+            else self._server.add_secure_port(address, self._credentials)
+        )
         await self._server.start()
         return port
 
@@ -132,19 +135,21 @@ class ReplicaServer(replica_pb2_grpc.ReplicaServiceServicer):
         self._engine.check(_STALL_S)
 
     async def drain(self, timeout_s: float) -> bool:
-        """Takes no new work and waits for what runs; returns whether all of it finished in time."""
+        """Takes no new work and waits for what runs; returns whether all of it finished in time. What did not is handed
+        back, to go on elsewhere."""
         self._draining = True
-        for stream in self._streams:
-            self._report_load(stream)
+        self._report_load_to_all()
         try:
             await asyncio.wait_for(self._idle.wait(), timeout_s)
         except TimeoutError:
+            self._hand_back(f"the replica went away after {timeout_s:g} s of draining")
             return False
         return True
 
     async def stop(self) -> None:
-        """Ends all streams and the engine. Idempotent."""
-        await self._server.stop(grace=None)
+        """Ends all streams, once what is pending on them is written, and the engine. Idempotent."""
+        self._ending.set()
+        await self._server.stop(grace=_FLUSH_S)
         await self._engine.stop()
 
     # -- from gateways ------------------------------------------------------------------------------------------------
@@ -157,11 +162,18 @@ class ReplicaServer(replica_pb2_grpc.ReplicaServiceServicer):
         presented = metadata.get(SECRET_KEY, "")
         if not hmac.compare_digest(presented.encode() if isinstance(presented, str) else presented, self._secret):
             await context.abort(grpc.StatusCode.UNAUTHENTICATED, "the cluster's secret is missing or wrong")
-        stream = _Stream()
+        stream = ReplicaStream()
         reader = asyncio.create_task(self._read(stream, request_iterator, context))
-        writer = asyncio.create_task(self._write(stream, context))
+        writer = asyncio.create_task(stream.write(context.write))
+        ending = asyncio.create_task(self._ending.wait())
         try:
-            done, _ = await asyncio.wait([reader, writer, stream.stuck], return_when=asyncio.FIRST_COMPLETED)
+            done, _ = await asyncio.wait([reader, writer, ending, stream.stuck], return_when=asyncio.FIRST_COMPLETED)
+            if done == {ending}:
+                # With an orderly end: one that is broken off may lose what is on its way.
+                flushing = asyncio.create_task(stream.flush())
+                await asyncio.wait([flushing, writer], timeout=_FLUSH_S, return_when=asyncio.FIRST_COMPLETED)
+                flushing.cancel()
+                return
             if stream.stuck.done():
                 self._cancel_all(stream)  # now: the status may wait as long as the messages do
                 writer.cancel()
@@ -170,14 +182,15 @@ class ReplicaServer(replica_pb2_grpc.ReplicaServiceServicer):
             for task in done:
                 task.result()
         finally:
-            reader.cancel()
-            writer.cancel()
+            for task in (reader, writer, ending):
+                task.cancel()
             self._streams.discard(stream)
             self._cancel_all(stream)
+            self._report_load_to_all()  # each has its share of every quota
 
     async def _read(
         self,
-        stream: _Stream,
+        stream: ReplicaStream,
         request_iterator: AsyncIterator[replica_pb2.GatewayFrame],
         context: grpc.aio.ServicerContext,
     ) -> None:
@@ -186,36 +199,29 @@ class ReplicaServer(replica_pb2_grpc.ReplicaServiceServicer):
                 await self._greet(stream, frame, context)
             self._obey(stream, frame)
 
-    async def _greet(self, stream: _Stream, frame: replica_pb2.GatewayFrame, context: grpc.aio.ServicerContext) -> None:
+    async def _greet(
+        self, stream: ReplicaStream, frame: replica_pb2.GatewayFrame, context: grpc.aio.ServicerContext
+    ) -> None:
         if frame.hello.protocol_version != PROTOCOL_VERSION:
             await context.abort(
                 grpc.StatusCode.FAILED_PRECONDITION,
                 f"this replica speaks protocol {PROTOCOL_VERSION}, the gateway {frame.hello.protocol_version}",
             )
-        model = self.model_info
         stream.pending.hello.CopyFrom(
-            replica_pb2.ReplicaHello(
+            hello(
+                self.model_info,
+                self._limits,
                 replica_id=self._replica_id,
-                model=self._model,
-                architecture=model.architecture,
-                max_model_len=model.max_model_len,
-                vocab_size=model.vocab_size,
-                dtype=model.dtype,
-                device=model.device,
-                kv_capacity_tokens=model.kv_capacity_tokens,
-                protocol_version=PROTOCOL_VERSION,
-                batch_invariant=model.batch_invariant,
+                model_name=self._model,
+                group=self._group,
             )
         )
+        if self._limits.prefix_cache:
+            stream.reset_blocks(self._cached_blocks)
         self._streams.add(stream)
-        self._report_load(stream)
+        self._report_load_to_all()
 
-    async def _write(self, stream: _Stream, context: grpc.aio.ServicerContext) -> None:
-        while True:
-            await stream.filled.wait()
-            await context.write(stream.take_pending())
-
-    def _obey(self, stream: _Stream, frame: replica_pb2.GatewayFrame) -> None:
+    def _obey(self, stream: ReplicaStream, frame: replica_pb2.GatewayFrame) -> None:
         submissions = [
             submission for message in frame.submits if (submission := self._accept(stream, message)) is not None
         ]
@@ -227,10 +233,26 @@ class ReplicaServer(replica_pb2_grpc.ReplicaServiceServicer):
             candidate_index = cancel.candidate_index if cancel.HasField("candidate_index") else None
             cancels.append((submission_id, candidate_index))
             self._settle(submission_id, candidate_index)
+        for question in frame.cancels_by_name:
+            named = self._cancel_by_name(question.generation_id)
+            cancels += [(submission_id, None) for submission_id in named]
+            stream.pending.cancel_replies.add(id=question.id, found=bool(named))
+            self._report_load(stream)
         if submissions or cancels:
             self._engine.send(Commands(submissions=submissions, cancels=cancels))
 
-    def _accept(self, stream: _Stream, message: replica_pb2.Submit) -> Submission | None:
+    def _cancel_by_name(self, generation_id: str) -> list[int]:
+        """Tells whoever submitted it; returns what the engine is to cancel."""
+        found = [
+            submission_id for submission_id, route in self._routes.items() if route.generation_id == generation_id != ""
+        ]
+        for submission_id in found:
+            route = self._routes[submission_id]
+            self._settle(submission_id, None)
+            self._fail(route.stream, route.wire_id, Cancelled("the request was cancelled by name"))
+        return found
+
+    def _accept(self, stream: ReplicaStream, message: replica_pb2.Submit) -> Submission | None:
         try:
             if self._draining:
                 raise Draining("this replica is going away")
@@ -255,11 +277,11 @@ class ReplicaServer(replica_pb2_grpc.ReplicaServiceServicer):
             return None
         stream.submission_ids[message.id] = submission.submission_id
         candidates = submission.emitted or range(submission.sampling.n)
-        self._routes[submission.submission_id] = _Route(stream, message.id, candidates)
+        self._routes[submission.submission_id] = _Route(stream, message.id, candidates, message.generation_id)
         self._idle.clear()
         return submission
 
-    def _cancel_all(self, stream: _Stream) -> None:
+    def _cancel_all(self, stream: ReplicaStream) -> None:
         submission_ids = list(stream.submission_ids.values())
         for submission_id in submission_ids:
             self._settle(submission_id, None)
@@ -271,13 +293,14 @@ class ReplicaServer(replica_pb2_grpc.ReplicaServiceServicer):
     def _publish(self, events: StepEvents, load: EngineLoad) -> None:
         """One step's yield, sorted into one frame per stream."""
         changed, self.load = load != self.load, load
-        touched: set[_Stream] = set()
+        touched: set[ReplicaStream] = set()
         routes = self._routes
         for delta in events.deltas:
             route = routes.get(delta.submission_id)
-            if route is None or delta.candidate_index not in route.candidates:
+            if route is None or delta.candidate_index not in route.num_emitted_tokens:
                 continue  # cancelled while the step ran
-            _append(route.stream.pending, route.wire_id, delta)
+            route.num_emitted_tokens[delta.candidate_index] += len(delta.token_ids)
+            route.stream.append(route.wire_id, delta)
             touched.add(route.stream)
             if delta.finish_reason is not None:
                 self._settle(delta.submission_id, delta.candidate_index)
@@ -292,13 +315,19 @@ class ReplicaServer(replica_pb2_grpc.ReplicaServiceServicer):
         # Others hear of the load too, but not at every step; the last change before silence always gets through.
         idle = load.running == 0 and load.waiting == 0
         now = time.monotonic()
+        self._cached_blocks.update(events.cache_changes.added)
+        self._cached_blocks.difference_update(events.cache_changes.removed)
         for stream in self._streams:
+            stream.change_blocks(events.cache_changes)
             if len(stream.pending.deltas) > _MAX_PENDING_DELTAS and not stream.stuck.done():
                 stream.stuck.set_result(None)
-            if stream in touched or (changed and (idle or now - stream.reported_at > _LOAD_INTERVAL_S)):
+            if stream.has_block_changes and (idle or now - stream.told_blocks_at > _LOAD_INTERVAL_S):
+                stream.tell_blocks(now)
+                touched.add(stream)
+            if stream in touched or (changed and (idle or now - stream.touched_at > _LOAD_INTERVAL_S)):
                 self._report_load(stream)
 
-    def _report_load(self, stream: _Stream) -> None:
+    def _report_load(self, stream: ReplicaStream) -> None:
         load, message = self.load, stream.pending.load
         message.running = load.running
         message.waiting = load.waiting
@@ -306,11 +335,22 @@ class ReplicaServer(replica_pb2_grpc.ReplicaServiceServicer):
         message.num_blocks = load.num_blocks
         message.queued_tokens = load.queued_tokens
         message.draining = self._draining
-        stream.reported_at = time.monotonic()
-        stream.filled.set()
+        message.num_gateways = len(self._streams)
+        message.step_s = load.step_s
+        message.prompt_token_s = load.prompt_token_s
+        message.tokens_per_s = load.tokens_per_s
+        stream.touch(time.monotonic())
+
+    def _report_load_to_all(self) -> None:
+        for stream in self._streams:
+            self._report_load(stream)
 
     def _fail(
-        self, stream: _Stream, wire_id: int, error: ClusterError, num_emitted_tokens: Mapping[int, int] | None = None
+        self,
+        stream: ReplicaStream,
+        wire_id: int,
+        error: ClusterError,
+        num_emitted_tokens: Mapping[int, int] | None = None,
     ) -> None:
         stream.pending.failures.add(
             id=wire_id,
@@ -327,8 +367,8 @@ class ReplicaServer(replica_pb2_grpc.ReplicaServiceServicer):
         if route is None:
             return
         if candidate_index is not None:
-            route.candidates.discard(candidate_index)
-        if candidate_index is None or not route.candidates:
+            route.num_emitted_tokens.pop(candidate_index, None)
+        if candidate_index is None or not route.num_emitted_tokens:
             del self._routes[submission_id]
             del route.stream.submission_ids[route.wire_id]
             if not self._routes:
@@ -337,23 +377,14 @@ class ReplicaServer(replica_pb2_grpc.ReplicaServiceServicer):
     def _die(self, fault: EngineFault) -> None:
         self._draining = True
         # The engine has handed back what it knew of; this is what came after its last step.
-        unknown = ReplicaLost(f"the replica died before the request began: {fault.message}")
-        for submission_id, route in list(self._routes.items()):
-            self._settle(submission_id, None)
-            self._fail(route.stream, route.wire_id, unknown)
-        for stream in self._streams:
-            self._report_load(stream)
+        self._hand_back(f"the replica died before the request began: {fault.message}")
+        self._report_load_to_all()
         self._on_fault(fault)
 
-
-def _append(frame: replica_pb2.ReplicaFrame, wire_id: int, delta: Delta) -> None:
-    """Runs once per token: fields at their default are left out."""
-    message = frame.deltas.add(id=wire_id, candidate_index=delta.candidate_index, token_ids=delta.token_ids)
-    if delta.logprobs:
-        message.logprobs.extend(logprobs_to_proto(delta.logprobs))
-    if delta.finish_reason is not None:
-        message.finish_reason = finish_reason_to_proto(delta.finish_reason)
-    if delta.cached_tokens:
-        message.cached_tokens = delta.cached_tokens
-    if delta.times is not None:
-        message.times.CopyFrom(replica_pb2.StayTimes(**asdict(delta.times)))
+    def _hand_back(self, why: str) -> None:
+        """Ends what runs; whoever submitted it knows what has been emitted, and can have it go on elsewhere."""
+        handed_back = list(self._routes.items())
+        self._engine.send(Commands(cancels=[(submission_id, None) for submission_id, _ in handed_back]))
+        for submission_id, route in handed_back:
+            self._settle(submission_id, None)
+            self._fail(route.stream, route.wire_id, ReplicaLost(why), route.num_emitted_tokens)

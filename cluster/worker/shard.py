@@ -27,6 +27,7 @@ from cluster.models.config import ConfigFile, ModelConfig, read_architecture
 from cluster.models.decoder import DecoderForCausalLM
 from cluster.models.end_of_text import read_eos_token_ids
 from cluster.models.loader import LoadOptions, ModelLoader, runs_on_our_code
+from cluster.models.model_digest import model_digest
 from cluster.models.registry import Model
 from cluster.models.tensor_source import CheckpointTensors
 from cluster.models.weight_cache import WeightCache
@@ -202,6 +203,8 @@ class Shard:
             num_blocks=num_blocks,
             block_size=shape.block_size,
             block_bytes=self._group_block_bytes(),
+            processor=_processor(device, self.backend),
+            digest=model_digest(self._checkpoint, with_weights=self._config.load_format != "dummy"),
             backend=f"{model.backend}, {self.backend.name} kernels, {numbers.weights} weights",
             kernels=self.backend.name,
             weights=numbers.weights,
@@ -329,6 +332,14 @@ def _device(config: WorkerConfig) -> torch.device:
 def _is_recordable(tp: Communicator | None) -> bool:
     """Whether a recorded program repeats the sums of ``tp`` too: those in shared memory are C, as the kernels are."""
     return tp is None or isinstance(tp, ShmCommunicator)
+
+
+def _processor(device: torch.device, backend: Backend) -> str:
+    """What of the machine decides the last bits of a sum."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_name(device)
+    library = cpu_library() if backend.kind == "cpu" else None
+    return torch.backends.cpu.get_cpu_capability().lower() if library is None else library.isa
 
 
 def _name(dtype: torch.dtype) -> str:

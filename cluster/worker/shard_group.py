@@ -7,7 +7,7 @@ import secrets
 import select
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TypeVar
 
@@ -136,11 +136,12 @@ class _Start:
         self._watch.start_pings()
         _log.info("%d shards ready in %.1f s: %s", self._world_size, time.monotonic() - began, self._ledger.summary())
         answering = self._world_size - self._tp_size
+        processors = {each.model.processor for each in ready}
         return ShardGroup(
             members=self._members,
             answering=self._members[answering],
             watch=self._watch,
-            model=ready[answering].model,
+            model=replace(ready[answering].model, processor="+".join(sorted(processors))),
             max_in_flight=self._pp_size + 1 if self._pp_size > 1 else ready[answering].max_in_flight,
         )
 
