@@ -16,6 +16,7 @@ from typing import Any
 import yaml
 from pydantic import TypeAdapter, ValidationError
 
+from cluster.core.config import ClassesConfig
 from cluster.distributed.config import ParallelConfig
 from cluster.errors import ConfigError
 from cluster.gateway.config import GatewayConfig
@@ -33,12 +34,14 @@ class ClusterConfig:
 
     Attributes:
         models: what is served; at least one.
+        classes: shares, targets and bounds of the priority classes, at gateways and in engines alike.
         gateway: where clients connect.
         ray: which Ray to run on.
         logging: structured logs.
     """
 
     models: tuple[ModelConfig, ...]
+    classes: ClassesConfig = field(default_factory=ClassesConfig)
     gateway: GatewayConfig = field(default_factory=GatewayConfig)
     ray: RayConfig = field(default_factory=RayConfig)
     logging: LoggingConfig = field(default_factory=LoggingConfig)

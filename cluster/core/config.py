@@ -148,7 +148,6 @@ class SchedulerConfig:
         max_num_batched_tokens: tokens computed in one step; long prompts are cut into chunks of at most this.
         max_num_waiting: sequences that may wait in the engine. More are refused, but of classes of which fewer wait
             than their share of this: one class's flood does not shut the others out.
-        classes: shares and latency targets of the priority classes.
         target_itl_ms: how long a step may take while sequences are being generated, in milliseconds, so that their next
             tokens come in time; prompts are cut to what fits. null: only max_num_batched_tokens cuts them.
         park_bytes: host memory for the KV of preempted sequences that is dearer to compute again than to copy. It is
@@ -158,7 +157,6 @@ class SchedulerConfig:
     max_num_seqs: int = 64
     max_num_batched_tokens: int = 1024
     max_num_waiting: int = 4096
-    classes: ClassesConfig = field(default_factory=ClassesConfig)
     target_itl_ms: float | None = None
     park_bytes: int = 2**30
 

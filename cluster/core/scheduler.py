@@ -9,7 +9,7 @@ from types import MappingProxyType
 
 from cluster.core.block_manager import BlockManager
 from cluster.core.class_policy import ClassPolicy
-from cluster.core.config import SchedulerConfig
+from cluster.core.config import ClassesConfig, SchedulerConfig
 from cluster.core.deadline_queue import DeadlineQueue
 from cluster.core.micro_batches import MicroBatches
 from cluster.core.parking import Parking
@@ -60,16 +60,23 @@ class Scheduler:
     Pure: ``now`` is any monotonic clock in seconds, the one of the requests' times. Not thread-safe.
 
     Args:
-        config: limits of the batch and of the queue, and the classes.
+        config: limits of the batch and of the queue.
         block_manager: of the pool; nobody else takes blocks from it.
+        classes: shares and latency targets of the priority classes; None: their defaults.
         block_bytes: of one block, all layers; 0: the worker cannot park blocks.
         num_stages: of the pipeline that runs the steps.
     """
 
     def __init__(
-        self, config: SchedulerConfig, block_manager: BlockManager, *, block_bytes: int = 0, num_stages: int = 1
+        self,
+        config: SchedulerConfig,
+        block_manager: BlockManager,
+        *,
+        classes: ClassesConfig | None = None,
+        block_bytes: int = 0,
+        num_stages: int = 1,
     ) -> None:
-        self._policy = ClassPolicy(config.classes, burst_tokens=config.max_num_batched_tokens)
+        self._policy = ClassPolicy(classes or ClassesConfig(), burst_tokens=config.max_num_batched_tokens)
         self._budget = StepBudget(config, min_prefill_tokens=block_manager.block_size, num_stages=num_stages)
         self._micro_batches = MicroBatches(num_stages, min_prompt_tokens=block_manager.block_size)
         capacity = block_manager.num_blocks * block_manager.block_size

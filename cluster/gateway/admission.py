@@ -13,14 +13,20 @@ from cluster.core.config import AdmissionConfig, ClassesConfig
 from cluster.core.fair_queue import QueuedRequest
 from cluster.core.quotas import QuotaLease
 from cluster.core.request import Priority
+from cluster.core.routing import Placement
 from cluster.core.token_estimate import BytesPerToken, CompletionLength
 from cluster.errors import ClusterError, DeadlineExceeded, Overloaded
 from cluster.gateway.caller import Caller
 from cluster.gateway.tenants import Tenants
 
 
-class Room(Protocol):
-    """What an admission wants to know of the replicas, as the model's balancer does."""
+class Replicas(Protocol):
+    """What an admission has to know of a model's replicas; its balancer does."""
+
+    @property
+    def tokens_per_s(self) -> float | None:
+        """That they compute for this gateway; None: not known."""
+        ...
 
     def has_room(self, priority: Priority) -> bool:
         """Whether some replica may be given one more request of the class."""
@@ -28,6 +34,10 @@ class Room(Protocol):
 
     def on_room(self, callback: Callable[[], None]) -> None:
         """Has ``callback`` called on the event loop whenever room may have appeared."""
+        ...
+
+    def predicted_ttft_s(self, placement: Placement) -> float | None:
+        """Until the first token of a request that is sent now; None: not known."""
         ...
 
 
@@ -38,11 +48,8 @@ class Admission:
         model: its name.
         config: bounds of the queue.
         classes: shares, targets and bounds of the priority classes.
-        room: of the model's replicas.
+        replicas: of the model.
         tenants: what callers may use, of all models.
-        replica_ttft_s: how soon a replica would have a first token for a prompt of so many tokens in a class, in
-            seconds; None: not known.
-        known_rate: tokens per second that the model's replicas say they serve; None: not known.
         clock: monotonic seconds.
     """
 
@@ -51,25 +58,22 @@ class Admission:
         model: str,
         config: AdmissionConfig,
         classes: ClassesConfig,
-        room: Room,
+        replicas: Replicas,
         tenants: Tenants,
         *,
-        replica_ttft_s: Callable[[Priority, int], float | None] = lambda priority, num_tokens: None,
-        known_rate: Callable[[], float | None] = lambda: None,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self._model = model
         self._tenants = tenants
-        self._queue = AdmissionQueue(config, classes, known_rate=known_rate)
+        self._queue = AdmissionQueue(config, classes, known_rate=lambda: replicas.tokens_per_s)
         self._classes = classes.by_priority()
-        self._room = room
-        self._replica_ttft_s = replica_ttft_s
+        self._replicas = replicas
         self._clock = clock
         self._bytes_per_token = BytesPerToken()
         self._completions = {priority: CompletionLength() for priority in Priority}
         self._tickets: dict[QueuedRequest, Ticket] = {}
         self._is_placing = False
-        room.on_room(self._give_turns)
+        replicas.on_room(self._give_turns)
 
     def backlog(self) -> dict[Priority, ClassBacklog]:
         """What waits, by class."""
@@ -140,14 +144,16 @@ class Admission:
         )
         self._tickets[request] = ticket
         try:
-            self._check_forecast(ticket, num_prompt_tokens)
+            # Whatever the prompt is, a replica may have it in its cache.
+            placement = Placement(num_prompt_tokens=1, max_tokens=max_tokens or 1, priority=priority)
+            self._check_forecast(ticket, placement)
         except Overloaded as error:
             ticket.refuse(error)
             ticket.leave(0)
             raise
         return ticket
 
-    def _check_forecast(self, ticket: Ticket, num_prompt_tokens: int) -> None:
+    def _check_forecast(self, ticket: Ticket, placement: Placement) -> None:
         """Raises Overloaded where the first token is predicted to come too late."""
         request = ticket.request
         now = self._clock()
@@ -155,7 +161,7 @@ class Admission:
         if math.isinf(within_s):
             return
         wait_s = self._queue.wait_s(request)
-        replica_s = self._replica_ttft_s(request.priority, num_prompt_tokens)
+        replica_s = self._replicas.predicted_ttft_s(placement)
         if wait_s is None and replica_s is None:
             return
         predicted_s = (wait_s or 0.0) + (replica_s or 0.0)
@@ -183,7 +189,7 @@ class Admission:
         """Gives the next one its turn. Those after it have to wait until it is placed: it takes room."""
         if self._is_placing:
             return
-        request = self._queue.pop(self._clock(), self._room.has_room)
+        request = self._queue.pop(self._clock(), self._replicas.has_room)
         if request is None:
             return
         self._tickets[request].give_turn()
@@ -242,22 +248,29 @@ class Ticket:
         """Until its turn, as things stand; None: not known."""
         return self._admission._queue.wait_s(self.request) if self.request.is_queued else 0.0
 
-    def count(self, num_prompt_tokens: int, cached_tokens: int = 0) -> None:
-        """Says how many tokens the prompt has, and how many of them need not be computed.
+    def count(self, placement: Placement) -> None:
+        """Says what the request is, once it is tokenized.
+
+        Args:
+            placement: as it would be sent now.
 
         Raises:
             Overloaded: it gave way to others meanwhile, or with so many tokens there is no room, or its first token
                 would come too late.
         """
         self._check_refusal()
-        admission = self._admission
+        admission, num_prompt_tokens = self._admission, placement.num_prompt_tokens
         if self._num_bytes:
             admission._bytes_per_token.observe(self._num_bytes, num_prompt_tokens)
         self._num_prompt_tokens = num_prompt_tokens
-        self._lease.correct(num_prompt_tokens + self._num_expected_tokens, admission._clock())
-        num_tokens = max(num_prompt_tokens - cached_tokens, 0) + self._num_expected_tokens
-        admission._push_out(admission._queue.resize(self.request, num_tokens))
-        admission._check_forecast(self, num_prompt_tokens - cached_tokens)
+        num_tokens = num_prompt_tokens + self._num_expected_tokens
+        self._lease.correct(num_tokens, admission._clock())
+        try:
+            admission._push_out(admission._queue.resize(self.request, num_tokens))
+            admission._check_forecast(self, placement)
+        except Overloaded as error:
+            self.refuse(error)
+            raise
 
     async def turn(self) -> None:
         """Returns when it may be placed, which has to follow at once: the next one waits for that.
@@ -284,8 +297,13 @@ class Ticket:
             if timer is not None:
                 timer.cancel()
 
-    def leave(self, num_completion_tokens: int) -> None:
-        """Ends it, queued, running or done; what it did not use is refunded. Once, whatever happened."""
+    def leave(self, num_completion_tokens: int, *, cached_tokens: int = 0) -> None:
+        """Ends it, queued, running or done; what it did not use is refunded. Once, whatever happened.
+
+        Args:
+            num_completion_tokens: of all candidates together.
+            cached_tokens: of the prompt, that were not computed; tenants' quotas count them all the same.
+        """
         if self._has_left:
             raise RuntimeError("a ticket was left with twice")
         self._has_left = True
@@ -301,8 +319,7 @@ class Ticket:
                 self._lease.undo(now)
             return
         admission._completions[request.priority].observe(num_completion_tokens, self._n)
-        num_computed_prompt_tokens = request.num_tokens - self._num_expected_tokens
-        admission._queue.settle(request, num_computed_prompt_tokens + num_completion_tokens)
+        admission._queue.settle(request, self._num_prompt_tokens - cached_tokens + num_completion_tokens)
         self._lease.release(self._num_prompt_tokens + num_completion_tokens, now)
 
     def give_turn(self) -> None:

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from cluster.errors import InvalidRequest, ModelNotFound
+from cluster.gateway.admission import Admission
 from cluster.gateway.balancer import Balancer
 from cluster.text.tokenizer import Tokenizer
 
@@ -26,6 +27,7 @@ class CatalogEntry:
     name: str
     tokenizer: Tokenizer
     balancer: Balancer
+    admission: Admission
 
 
 class Catalog:

@@ -15,7 +15,7 @@ from typing import Any
 from kv_model import KVModel
 
 from cluster.core.block_manager import BlockManager
-from cluster.core.config import SchedulerConfig
+from cluster.core.config import ClassesConfig, SchedulerConfig
 from cluster.core.request import FinishReason, Priority, Request
 from cluster.core.schedule import Schedule
 from cluster.core.scheduler import Scheduler
@@ -99,6 +99,7 @@ class SchedulerHarness:
         max_in_flight: int = 1,
         num_park_blocks: int = 0,
         num_stages: int = 1,
+        classes: ClassesConfig | None = None,
         create: CreateScheduler = Scheduler,
         create_block_manager: Callable[[int, int], BlockManager] = BlockManager,
         **config: Any,
@@ -109,9 +110,10 @@ class SchedulerHarness:
             park_bytes=10 * num_park_blocks,
             **config,
         )
+        self.classes = classes or ClassesConfig()
         self.num_park_blocks = num_park_blocks
         self.blocks = create_block_manager(num_blocks, block_size)
-        self.scheduler = create(self.config, self.blocks, block_bytes=10, num_stages=num_stages)
+        self.scheduler = create(self.config, self.blocks, classes=self.classes, block_bytes=10, num_stages=num_stages)
         self.kv = KVModel(block_size)
         self.max_in_flight = max_in_flight
         self.num_stages = num_stages
@@ -287,7 +289,7 @@ class SchedulerHarness:
 
     def _check_preempted(self, schedule: Schedule) -> None:
         parked = {blocks.sequence_id for blocks in schedule.parked}
-        shares = self.config.classes.by_priority()
+        shares = self.classes.by_priority()
         urgent = any(entry.request.priority is Priority.P0 for entry in self._waiting())
         for request_id in schedule.preempted:
             assert request_id in self.live, "preempted, but it has ended"

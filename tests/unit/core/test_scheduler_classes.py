@@ -258,9 +258,9 @@ class StrictPolicy(ClassPolicy):
 
 
 class StrictScheduler(Scheduler):
-    def __init__(self, config: SchedulerConfig, *args: Any, **kwargs: Any) -> None:
-        super().__init__(config, *args, **kwargs)
-        self._policy = StrictPolicy(config.classes, burst_tokens=config.max_num_batched_tokens)
+    def __init__(self, config: SchedulerConfig, *args: Any, classes: ClassesConfig, **kwargs: Any) -> None:
+        super().__init__(config, *args, classes=classes, **kwargs)
+        self._policy = StrictPolicy(classes, burst_tokens=config.max_num_batched_tokens)
 
 
 def create_flooded(create: type[Scheduler]) -> SchedulerHarness:

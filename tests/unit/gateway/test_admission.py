@@ -11,6 +11,7 @@ import pytest
 
 from cluster.core.config import AdmissionConfig, ClassConfig, ClassesConfig, TenantConfig
 from cluster.core.request import Priority
+from cluster.core.routing import Placement
 from cluster.errors import DeadlineExceeded, Forbidden, Overloaded, QuotaExceeded
 from cluster.gateway.admission import Admission, Ticket
 from cluster.gateway.caller import Caller
@@ -19,10 +20,17 @@ from cluster.gateway.tenants import Tenants
 P0, P1, P2, P3 = Priority
 
 
+def prompt(num_tokens: int) -> Placement:
+    return Placement(num_prompt_tokens=num_tokens, max_tokens=10)
+
+
 class Slots:
-    """Room for a number of requests of any class."""
+    """Room for a number of requests of any class; prompts take ``token_s`` a token."""
+
+    tokens_per_s: float | None = None
 
     def __init__(self, num_free: int) -> None:
+        self.token_s: float | None = None
         self.num_free = num_free
         self.num_asked = 0
         self._callbacks: list[Callable[[], None]] = []
@@ -32,6 +40,9 @@ class Slots:
 
     def on_room(self, callback: Callable[[], None]) -> None:
         self._callbacks.append(callback)
+
+    def predicted_ttft_s(self, placement: Placement) -> float | None:
+        return None if self.token_s is None else placement.num_prompt_tokens * self.token_s
 
     def take(self) -> None:
         assert self.num_free > 0, "given more turns than there is room"
@@ -103,7 +114,7 @@ async def settle() -> None:
 async def test_where_there_is_room_a_turn_comes_without_waiting():
     gate = Gate(1)
     ticket = gate.enter()
-    ticket.count(12)
+    ticket.count(prompt(12))
     coroutine = ticket.turn()
     with pytest.raises(StopIteration):
         coroutine.send(None)
@@ -166,7 +177,7 @@ async def test_who_gave_way_before_its_turn_hears_of_it_at_the_next_step():
     low = gate.enter(P3)
     gate.enter(P0)
     with pytest.raises(Overloaded):
-        low.count(10)
+        low.count(prompt(10))
     with pytest.raises(Overloaded):
         await low.turn()
     low.leave(0)
@@ -177,7 +188,7 @@ async def test_the_exact_count_corrects_the_charge():
     gate = Gate()
     ticket = gate.enter(P1, num_bytes=8000, num_tokens=None)
     assert 0 < gate.admission.backlog()[P1].tokens < 2010
-    ticket.count(5000)
+    ticket.count(prompt(5000))
     assert gate.admission.backlog()[P1].tokens == 5010
     ticket.leave(0)
 
@@ -187,7 +198,7 @@ async def test_the_exact_count_is_refused_where_it_does_not_fit():
     gate.enter(P1, num_tokens=500)
     ticket = gate.enter(P1, num_bytes=400, num_tokens=None)
     with pytest.raises(Overloaded):
-        ticket.count(600)
+        ticket.count(prompt(600))
     ticket.leave(0)
     assert gate.admission.backlog()[P1].tokens == 510
 
@@ -196,7 +207,7 @@ async def test_bytes_per_token_are_learned():
     gate = Gate()
     for _ in range(500):
         ticket = gate.enter(num_bytes=10_000, num_tokens=None)
-        ticket.count(5000)
+        ticket.count(prompt(5000))
         ticket.leave(0)
     gate.enter(num_bytes=10_000, num_tokens=None)
     assert gate.admission.backlog()[P1].tokens == pytest.approx(5010, rel=0.05)
@@ -249,14 +260,25 @@ async def test_a_first_token_that_would_come_too_late_is_refused_at_once_with_th
 
 async def test_what_the_replicas_need_counts_too():
     gate = Gate(5)
-    gate.admission._replica_ttft_s = lambda priority, num_tokens: num_tokens / 100
-    gate.enter(num_tokens=90, max_ttft_s=1.0)
-    with pytest.raises(Overloaded, match=r"1\.10 s"):
-        gate.enter(num_tokens=110, max_ttft_s=1.0)
-    ticket = gate.enter(num_bytes=200, num_tokens=None, max_ttft_s=1.0)
+    gate.slots.token_s = 0.01
+    ticket = gate.enter(max_ttft_s=1.0)
+    ticket.count(prompt(90))
+    late = gate.enter(max_ttft_s=1.0)
     with pytest.raises(Overloaded, match=r"2\.00 s"):
-        ticket.count(200)
-    ticket.leave(0)
+        late.count(prompt(200))
+    late.leave(0)
+    gate.slots.token_s = 2.0
+    with pytest.raises(Overloaded, match=r"2\.00 s"):
+        gate.enter(max_ttft_s=1.0)
+
+
+async def test_what_the_replicas_say_of_their_rate_counts_until_it_is_measured():
+    gate = Gate()
+    gate.slots.tokens_per_s = 10.0
+    for _ in range(10):
+        gate.enter()
+    with pytest.raises(Overloaded, match=r"20\.00 s"):
+        gate.enter(max_ttft_s=1.0)
 
 
 async def test_a_refusal_says_when_the_backlog_will_have_been_served():
@@ -279,7 +301,7 @@ async def test_a_ticket_is_left_with_once():
 async def test_quotas_are_charged_by_the_estimate_corrected_and_given_back():
     gate = Gate(9, tenants=[TenantConfig(name="acme", tokens_per_min=1000)])
     ticket = gate.enter(tenant="acme", num_bytes=80, num_tokens=None)
-    ticket.count(900)
+    ticket.count(prompt(900))
     await ticket.turn()
     with pytest.raises(QuotaExceeded) as caught:
         gate.enter(tenant="acme", num_tokens=190)
@@ -296,8 +318,10 @@ async def test_a_request_that_is_refused_for_lack_of_room_costs_no_quota():
     with pytest.raises(Overloaded):
         gate.enter(tenant="acme", priority=P3)
     other.leave(0)
-    ticket = gate.enter(tenant="acme", priority=P3)
-    ticket.leave(0)
+    gate.enter(tenant="acme", priority=P3).leave(0)
+    with pytest.raises(QuotaExceeded):
+        gate.enter(tenant="acme", priority=P3)
+    gate.now += 1.0
     gate.enter(tenant="acme", priority=P3)
 
 
