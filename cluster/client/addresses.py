@@ -57,11 +57,11 @@ class AddressBook:
         return sorted(self.addresses, key=weight)
 
     def pick(self, name: str, *, tried: Collection[str] = ()) -> str:
-        """Where to send a call: one that is up and untried, else one that is up, else the first."""
+        """Where to send a call: one that is up and untried, else one that is up, else one that is untried."""
         ranked = self.ranked(name)
         up = [address for address in ranked if self._is_up(address)]
-        fresh = [address for address in up if address not in tried]
-        return (fresh or up or ranked)[0]
+        candidates = up or ranked
+        return next((address for address in candidates if address not in tried), candidates[0])
 
     def report_lost(self, address: str) -> None:
         """Nothing answers there, or a connection to it broke."""

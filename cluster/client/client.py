@@ -51,8 +51,7 @@ class Client:
         address: ``"host:port"``, or several with commas or in a list: gateways of one cluster.
         credentials: TLS and the token; by default neither.
         deadline_s: for calls that bring none, retries included.
-        max_attempts: how often a call is tried in all before its first chunk; moving on to a gateway that has not been
-            asked yet does not count.
+        max_attempts: how often each gateway is asked at most, before a call's first chunk.
         reconnect_s: for how long a stream that was cut off looks for a gateway that answers.
     """
 

@@ -26,8 +26,8 @@ class Attempts:
 
     Before the first chunk a call is made again where it was not executed (UNAVAILABLE: the gateway says so, or there
     was no connection), and where a connection broke under it: its request id lets the gateway join the one that runs,
-    and nobody has seen anything of another. To go to a gateway that has not been asked yet is free; to ask again is a
-    retry, which waits and takes from the budget.
+    and nobody has seen anything of another. To go to a gateway that has not been asked yet is free; to ask them
+    again is a retry, which waits and takes from the budget.
 
     Once chunks came (``received``), the call is a stream that goes on from what it has. That takes nothing from the
     budget: it waits for a gateway that answers, and for one that has room, and ends with the deadline at the latest.
@@ -37,6 +37,7 @@ class Attempts:
 
     Args:
         name: the call's request id.
+        max_attempts: how often each gateway is asked at most.
         only: the one address that it may go to; None: any.
         reconnect_s: for how long a stream looks for a gateway that answers.
 
@@ -116,6 +117,7 @@ class Attempts:
             raise error from None
         if fresh:
             return 0.0
+        self._tried.clear()  # after the wait all of them may be asked again
         self._failed += 1
         backoff_s = self._rng.uniform(0, min(_MAX_BACKOFF_S, _FIRST_BACKOFF_S * 2 ** (self._failed - 1)))
         wait_s = max(backoff_s, error.retry_after_s or 0.0)

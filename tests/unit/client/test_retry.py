@@ -162,13 +162,13 @@ def test_a_deadline_is_a_positive_number(deadline_s):
 
 def test_moving_on_to_another_gateway_is_free_and_asking_again_is_not():
     attempts = create_attempts("a:1", "b:1", "c:1", max_attempts=2)
-    asked = [attempts.address]
-    for _ in range(2):
-        assert attempts.backoff_s(Failure()) == 0.0
+    asked = []
+    for wait_s in (0.0, 0.0, 1.5, 0.0, 0.0):
         asked.append(attempts.address)
-    assert sorted(asked) == ["a:1", "b:1", "c:1"]
-    assert attempts.backoff_s(Failure(retry_after_s=1.5)) == 1.5
-    assert attempts.address == asked[0]
+        assert attempts.backoff_s(Failure(retry_after_s=1.5)) == wait_s
+    asked.append(attempts.address)
+    assert sorted(asked[:3]) == ["a:1", "b:1", "c:1"]
+    assert asked[3:] == asked[:3]
     with pytest.raises(ModelWarming):
         attempts.backoff_s(Failure())
 
