@@ -33,7 +33,7 @@ lint: setup  ## style, types of the pure layers, import layers, proto drift
 	@$(BIN)/lint-imports
 	@sh protos/generate.sh --check
 
-proto: setup  ## regenerate cluster/v1 from protos/
+proto: setup  ## regenerate cluster/v1 and cluster/kserve from protos/
 	@sh protos/generate.sh
 
 clean:  ## remove .venv and caches

@@ -18,12 +18,15 @@ from cluster.gateway.catalog import Catalog, CatalogEntry, ServedModel
 from cluster.gateway.config import GatewayConfig
 from cluster.gateway.generation_table import GenerationTable
 from cluster.gateway.interceptors import AuthInterceptor, StatusInterceptor
+from cluster.gateway.kserve.servicer import SERVICE as KSERVE_SERVICE
+from cluster.gateway.kserve.servicer import KServeServicer
 from cluster.gateway.listener import bind, check_exposure, create_server, is_loopback
 from cluster.gateway.openai.server import HttpServer
 from cluster.gateway.replica_link import ReplicaAddress
 from cluster.gateway.request_path import RequestPath
 from cluster.gateway.servicer import InferenceServicer
 from cluster.gateway.tls import ServerTls
+from cluster.kserve import open_inference_pb2_grpc
 from cluster.observability.metrics import MetricSink, NullSink
 from cluster.text.tokenizer import Tokenizer
 from cluster.v1 import inference_pb2_grpc
@@ -33,7 +36,7 @@ logger = logging.getLogger(__name__)
 
 
 class Gateway:
-    """Serves InferenceService, health and reflection.
+    """Serves InferenceService, the Open Inference Protocol, OpenAI's API over HTTP, health and reflection.
 
     Health, under the service's name and under "": SERVING while every model has a ready replica, so whoever is sent
     here can use all that is listed here; NOT_SERVING otherwise, and for good once draining.
@@ -112,9 +115,12 @@ class Gateway:
         path = RequestPath(self._config, self._catalog, self._table, self._metrics)
         servicer = InferenceServicer(self._config, self._catalog, self._table, path)
         inference_pb2_grpc.add_InferenceServiceServicer_to_server(servicer, server)
+        kserve = KServeServicer(self._catalog, self._table, path)
+        open_inference_pb2_grpc.add_GRPCInferenceServiceServicer_to_server(kserve, server)
         health_pb2_grpc.add_HealthServicer_to_server(self._health, server)
         if self._reflects:
-            reflection.enable_server_reflection((SERVICE, health.SERVICE_NAME, reflection.SERVICE_NAME), server)
+            services = (SERVICE, KSERVE_SERVICE, health.SERVICE_NAME, reflection.SERVICE_NAME)
+            reflection.enable_server_reflection(services, server)
         if self._config.http_port is not None:
             self._http = HttpServer(self._config, self._catalog, path)
             try:
@@ -174,7 +180,7 @@ class Gateway:
             certificates=self._tls is not None and self._tls.is_mutual,
             open_services=[health.SERVICE_NAME],
         )
-        return create_server(self._config, (authentication, StatusInterceptor(SERVICE)))
+        return create_server(self._config, (authentication, StatusInterceptor(SERVICE, KSERVE_SERVICE)))
 
     @property
     def _reflects(self) -> bool:

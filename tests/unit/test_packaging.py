@@ -108,7 +108,8 @@ def test_generated_code_is_what_the_protos_say():
 
 def test_drift_of_generated_code_is_seen_and_named(tmp_path):
     shutil.copytree(REPO / "protos", tmp_path / "protos")
-    shutil.copytree(REPO / "cluster" / "v1", tmp_path / "cluster" / "v1")
+    for package in ("kserve", "v1"):
+        shutil.copytree(REPO / "cluster" / package, tmp_path / "cluster" / package)
     with (tmp_path / "protos" / "cluster" / "v1" / "replica.proto").open("a") as proto:
         proto.write("\nmessage Drifted {}\n")
     done = check_protos(tmp_path)

@@ -4,19 +4,16 @@ from __future__ import annotations
 
 from typing import cast
 
-from cluster.core.request import Priority, SamplingParams
+from cluster.core.request import Priority
 from cluster.errors import InvalidRequest
 from cluster.gateway.openai.schema import ChatBody, CompletionBody, Message, SamplingBody
+from cluster.gateway.sampling_fields import sampling_of
 from cluster.v1 import inference_pb2
-from cluster.wire import priority_to_proto, sampling_to_proto
+from cluster.wire import priority_to_proto
 
 MAX_PROMPTS = 128
 _DEFAULT_COMPLETION_TOKENS = 16  # OpenAI's, for completions alone
 _MAX_UINT32 = 2**32 - 1
-_PASSED_ON = (
-    "n", "temperature", "top_p", "seed", "presence_penalty", "frequency_penalty", "top_k", "min_p",
-    "repetition_penalty", "min_tokens", "ignore_eos", "stop", "stop_token_ids",
-)  # fmt: skip
 
 
 def completion_requests(body: CompletionBody, *, request_id: str) -> list[inference_pb2.GenerateRequest]:
@@ -55,6 +52,7 @@ def chat_request(body: ChatBody, *, request_id: str) -> inference_pb2.GenerateRe
     max_tokens = body.max_tokens if body.max_completion_tokens is None else body.max_completion_tokens
     request = _request(body, max_tokens=max_tokens, logprobs=(body.top_logprobs or 0) if body.logprobs else None)
     request.request_id = request_id
+    request.session_id = body.session_id or body.prompt_cache_key or ""
     messages = [_message(message, f"messages[{index}]") for index, message in enumerate(body.messages)]
     request.chat.CopyFrom(inference_pb2.ChatMessages(messages=messages))
     return request
@@ -62,15 +60,9 @@ def chat_request(body: ChatBody, *, request_id: str) -> inference_pb2.GenerateRe
 
 def _request(body: SamplingBody, *, max_tokens: int | None, logprobs: int | None) -> inference_pb2.GenerateRequest:
     """All but the input."""
-    given = {name: value for name in _PASSED_ON if (value := getattr(body, name)) is not None}
-    if given.get("top_k") == -1:  # off, as others write it
-        del given["top_k"]
-    if "seed" in given and -(2**63) <= given["seed"] < 0:
-        given["seed"] += 2**64
-    sampling = SamplingParams(**given, logit_bias=_logit_bias(body), max_tokens=max_tokens, logprobs=logprobs)
     request = inference_pb2.GenerateRequest(
         model=body.model or "",
-        sampling=sampling_to_proto(sampling),
+        sampling=sampling_of(body, max_tokens=max_tokens, logprobs=logprobs),
         priority=_priority(body.priority),
         cache_salt=body.cache_salt or "",
         session_id=body.session_id or "",
@@ -92,13 +84,6 @@ def _priority(value: int | str | None) -> inference_pb2.Priority:
             f"{value!r} is no priority; there is {', '.join(Priority.__members__)}, or 0 to {max(Priority)}",
             field="priority",
         ) from None
-
-
-def _logit_bias(body: SamplingBody) -> dict[int, float]:
-    try:
-        return {int(token_id): bias for token_id, bias in (body.logit_bias or {}).items()}
-    except ValueError:
-        raise InvalidRequest("the keys of logit_bias are token ids: whole numbers", field="logit_bias") from None
 
 
 def _prompts(prompt: str | list[str | int | list[int]]) -> list[str | list[int]]:

@@ -1,4 +1,4 @@
-"""Bodies of requests as OpenAI's API has them, with the extensions that are customary for open models."""
+"""Bodies of requests as OpenAI's API has them."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ from typing import Any, TypeVar
 import msgspec
 
 from cluster.errors import InvalidRequest, Unsupported
+from cluster.gateway.sampling_fields import SamplingFields, validation_field
 
 _Body = TypeVar("_Body", bound="SamplingBody")
 
@@ -33,28 +34,13 @@ class StreamOptions(msgspec.Struct, kw_only=True, forbid_unknown_fields=True):
     include_usage: bool = False
 
 
-class SamplingBody(msgspec.Struct, kw_only=True, forbid_unknown_fields=True):
-    """What completions and chats have in common. ``None`` is as good as absent."""
+class SamplingBody(SamplingFields, kw_only=True):
+    """What completions and chats have in common."""
 
     model: str | None = None
     stream: bool | None = None
     stream_options: StreamOptions | None = None
-    n: int | None = None
-    max_tokens: int | None = None
-    temperature: float | None = None
-    top_p: float | None = None
-    stop: str | list[str] | None = None
-    seed: int | None = None
-    presence_penalty: float | None = None
-    frequency_penalty: float | None = None
-    logit_bias: dict[str, float] | None = None
     # Not OpenAI's own.
-    top_k: int | None = None
-    min_p: float | None = None
-    repetition_penalty: float | None = None
-    min_tokens: int | None = None
-    ignore_eos: bool | None = None
-    stop_token_ids: list[int] | None = None
     priority: int | str | None = None
     cache_salt: str | None = None
     max_ttft_ms: int | None = None
@@ -67,7 +53,7 @@ class SamplingBody(msgspec.Struct, kw_only=True, forbid_unknown_fields=True):
     service_tier: Any = None
 
 
-class CompletionBody(SamplingBody):
+class CompletionBody(SamplingBody, kw_only=True):
     """``POST /v1/completions``."""
 
     prompt: str | list[str | int | list[int]]
@@ -96,7 +82,7 @@ class Message(msgspec.Struct, kw_only=True, forbid_unknown_fields=True):
     tool_calls: Any = None
 
 
-class ChatBody(SamplingBody):
+class ChatBody(SamplingBody, kw_only=True):
     """``POST /v1/chat/completions``."""
 
     messages: list[Message]
@@ -115,7 +101,7 @@ class ChatBody(SamplingBody):
     reasoning_effort: Any = None
     verbosity: Any = None
     web_search_options: Any = None
-    prompt_cache_key: Any = None
+    prompt_cache_key: str | None = None  # keeps what is alike together: a session
 
 
 def parse_body(data: bytes, kind: type[_Body]) -> _Body:
@@ -128,17 +114,10 @@ def parse_body(data: bytes, kind: type[_Body]) -> _Body:
     try:
         body = msgspec.json.decode(data, type=kind)
     except msgspec.ValidationError as error:
-        what, _, where = str(error).partition(" - at `$")
-        raise InvalidRequest(f"the body is not as expected: {error}", field=where.strip("`.") or _named(what)) from None
+        raise InvalidRequest(f"the body is not as expected: {error}", field=validation_field(error)) from None
     except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
         raise InvalidRequest(f"the body is not valid JSON: {error}") from None
     for name, allowed in _NEUTRAL.items():
         if getattr(body, name, None) not in allowed:
             raise Unsupported(f"{name} is not served here; leave it out", field=name)
     return body
-
-
-def _named(message: str) -> str:
-    """The field that a message without a path is about: an unknown one, or one that is missing."""
-    parts = message.split("`")
-    return parts[1] if len(parts) == 3 and "field" in parts[0] else ""
