@@ -80,6 +80,24 @@ INLINE int64_t num_tasks_of(task_split split) { return ceil_div(split.num_strips
         }                                                                                                             \
     }
 
+/* What a block of rows fetches of the strip that comes next: so many cache lines at each of its lines, from there on. */
+typedef struct {
+    const uint8_t *from;
+    int lines_at_once;
+} prefetch;
+
+/* The first block of rows reads a strip from memory, the others find it in the second-level cache: while they compute,
+ * the next one can come. With fewer than min_blocks they have too little time: what is asked for in such haste comes no
+ * sooner. */
+INLINE prefetch prefetch_of(const uint8_t *weight, int64_t tile, int64_t lines_per_tile, int64_t block,
+                            int64_t num_blocks, int64_t min_blocks) {
+    if (block == 0 || num_blocks < min_blocks) return (prefetch){NULL, 0};
+    const int64_t lines_at_once = ceil_div(STRIP_TILES, num_blocks - 1);
+    const int64_t first = (block - 1) * lines_at_once * lines_per_tile;
+    if (first >= STRIP_TILES * lines_per_tile) return (prefetch){NULL, 0};
+    return (prefetch){weight + ((tile / STRIP_TILES + 1) * STRIP_TILES * lines_per_tile + first) * 64, (int)lines_at_once};
+}
+
 /* Sixteen outputs of one row, or the last few of them. */
 INLINE void store_outputs(float *out, f32x16 value, int64_t count) {
     if (count >= LANES)

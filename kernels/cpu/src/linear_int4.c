@@ -11,6 +11,8 @@
 #include "program.h"
 #include "quantized_rows.h"
 
+#define MIN_BLOCKS 2 /* of prefetch_of, as measured */
+
 typedef struct {
     quantized_rows x;
     int64_t num_outputs;
@@ -23,7 +25,7 @@ typedef struct {
 /* Of one group of a tile. */
 INLINE int64_t group_lines(int64_t group) { return group / 8 + 1; }
 
-INLINE void block(const product *p, int64_t row, int64_t tile, const int rows, const int tiles) {
+INLINE void block(const product *p, int64_t row, int64_t tile, prefetch next, const int rows, const int tiles) {
     const int64_t num_groups = p->x.num_groups, group = p->x.group, inputs = num_groups * group;
     const line_range lines = lines_of(tile, p->num_outputs, num_groups * group_lines(group));
     const int64_t stride = tiles == 1 ? lines.stride : STRIP_TILES;
@@ -31,18 +33,15 @@ INLINE void block(const product *p, int64_t row, int64_t tile, const int rows, c
     const int8_t *q = p->x.q + row * inputs;
     const float *scale = p->x.scale + row * num_groups;
     const int32_t *q_sum = p->x.sum + row * num_groups;
-    /* Unpacking keeps the first block of rows from asking memory for as much as it gives: the second one, whose weights
-     * are in the cache, fetches those of the next strip. */
-    const int64_t ahead = row == MAX_ROWS && rows == MAX_ROWS ? num_groups * group_lines(group) * stride * 64 : 0;
     f32x16 sum[MAX_ROWS][NUM_TILES] = {};
     for (int64_t g = 0; g < num_groups; g++, weight += group_lines(group) * stride * 64) {
         i32x16 dot[MAX_ROWS][NUM_TILES] = {};
         for (int64_t k = 0; k < group; k += 8) {
             bytes low[NUM_TILES], high[NUM_TILES];
+            for (int i = 0; i < next.lines_at_once; i++, next.from += 64) __builtin_prefetch(next.from, 0, 2);
             for (int n = 0; n < tiles; n++) {
                 i32x16 raw;
                 memcpy(&raw, weight + (k / 8 * stride + n) * 64, sizeof raw);
-                if (ahead > 0) __builtin_prefetch(weight + (k / 8 * stride + n) * 64 + ahead, 0, 2);
                 low[n] = bytes_unsigned(raw & 0x0f0f0f0f);
                 high[n] = bytes_unsigned((i32x16)((u32x16)raw >> 4) & 0x0f0f0f0f);
             }
@@ -88,10 +87,14 @@ INLINE void block(const product *p, int64_t row, int64_t tile, const int rows, c
 static void run_task(void *context, int64_t index, int32_t thread) {
     const product *p = context;
     (void)thread;
-#define CASE(rows, tiles) block(p, row, first, rows, tiles)
-#define BODY(tile, tiles)                                                            \
-    for (int64_t row = 0, first = tile; row < p->x.num_rows; row += MAX_ROWS) {      \
-        SWITCH_ROWS(CASE, min_i64(MAX_ROWS, p->x.num_rows - row), tiles)             \
+    const int64_t num_blocks = ceil_div(p->x.num_rows, MAX_ROWS);
+    const int64_t num_lines = p->x.num_groups * group_lines(p->x.group);
+#define CASE(rows, tiles) block(p, row, first, next, rows, tiles)
+#define BODY(tile, tiles)                                                                             \
+    for (int64_t row = 0, at = 0, first = tile, rows; at < num_blocks; row += rows, at++) {           \
+        prefetch next = prefetch_of(p->weight, first, num_lines, at, num_blocks, MIN_BLOCKS);         \
+        rows = ceil_div(p->x.num_rows - row, num_blocks - at);                                        \
+        SWITCH_ROWS(CASE, rows, tiles)                                                                \
     }
     FOR_TILES(p->split, p->num_outputs, index, BODY)
 #undef BODY

@@ -10,6 +10,8 @@
 #include "program.h"
 #include "quantized_rows.h"
 
+#define MIN_BLOCKS 3 /* of prefetch_of, as measured */
+
 typedef struct {
     quantized_rows x;
     int64_t num_outputs;
@@ -24,7 +26,7 @@ INLINE const float *scales_of(const uint8_t *weight, int64_t num_outputs, int64_
     return (const float *)(weight + ceil_div(num_outputs, LANES) * LANES * padded_inputs);
 }
 
-INLINE void block(const product *p, int64_t row, int64_t tile, const int rows, const int tiles) {
+INLINE void block(const product *p, int64_t row, int64_t tile, prefetch next, const int rows, const int tiles) {
     const int64_t num_groups = p->x.num_groups, group = p->x.group, inputs = num_groups * group;
     const line_range lines = lines_of(tile, p->num_outputs, inputs / 4);
     const int64_t stride = tiles == 1 ? lines.stride : STRIP_TILES;
@@ -39,6 +41,7 @@ INLINE void block(const product *p, int64_t row, int64_t tile, const int rows, c
             for (int n = 0; n < tiles; n++) dot[r][n] = (i32x16){} - 128 * q_sum[r * num_groups + g];
         for (int64_t k = g * group; k < (g + 1) * group; k += 4) {
             bytes w[NUM_TILES];
+            for (int i = 0; i < next.lines_at_once; i++, next.from += 64) __builtin_prefetch(next.from, 0, 2);
             for (int n = 0; n < tiles; n++) {
                 i32x16 raw;
                 memcpy(&raw, weight + (k / 4 * stride + n) * 64, sizeof raw);
@@ -76,10 +79,13 @@ INLINE void block(const product *p, int64_t row, int64_t tile, const int rows, c
 static void run_task(void *context, int64_t index, int32_t thread) {
     const product *p = context;
     (void)thread;
-#define CASE(rows, tiles) block(p, row, first, rows, tiles)
-#define BODY(tile, tiles)                                                            \
-    for (int64_t row = 0, first = tile; row < p->x.num_rows; row += MAX_ROWS) {      \
-        SWITCH_ROWS(CASE, min_i64(MAX_ROWS, p->x.num_rows - row), tiles)             \
+    const int64_t num_blocks = ceil_div(p->x.num_rows, MAX_ROWS), num_lines = p->x.num_groups * p->x.group / 4;
+#define CASE(rows, tiles) block(p, row, first, next, rows, tiles)
+#define BODY(tile, tiles)                                                                             \
+    for (int64_t row = 0, at = 0, first = tile, rows; at < num_blocks; row += rows, at++) {           \
+        prefetch next = prefetch_of(p->weight, first, num_lines, at, num_blocks, MIN_BLOCKS);         \
+        rows = ceil_div(p->x.num_rows - row, num_blocks - at);                                        \
+        SWITCH_ROWS(CASE, rows, tiles)                                                                \
     }
     FOR_TILES(p->split, p->num_outputs, index, BODY)
 #undef BODY
