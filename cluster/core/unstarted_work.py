@@ -36,6 +36,7 @@ class UnstartedWork:
         self._num_tokens = 0
         self._prompts: dict[int, _Prompt] = {}
         self._num_by_class: Counter[Priority] = Counter()
+        self._tokens_by_class: Counter[Priority] = Counter()
 
     def __len__(self) -> int:
         return len(self._prompts)
@@ -50,6 +51,7 @@ class UnstartedWork:
         )
         self._prompts[submission_id] = prompt
         self._num_by_class[prompt.priority] += 1
+        self._tokens_by_class[prompt.priority] += prompt.num_uncached_tokens
         self.num_uncached_tokens += prompt.num_uncached_tokens
         self._num_tokens += prompt.num_tokens
 
@@ -59,13 +61,19 @@ class UnstartedWork:
         if prompt is None:
             return False
         self._num_by_class[prompt.priority] -= 1
+        self._tokens_by_class[prompt.priority] -= prompt.num_uncached_tokens
         self.num_uncached_tokens -= prompt.num_uncached_tokens
         self._num_tokens -= prompt.num_tokens
         return True
 
     def has_room(self, priority: Priority, window_tokens: float) -> bool:
-        """Whether one more may be sent: the window is not full, or nothing of this class is in it."""
-        return self.num_uncached_tokens < window_tokens or self._num_by_class[priority] == 0
+        """Whether one more may be sent: the window is not full, or this class has less than half of one, or nothing. So
+        a step, half a window, can always be filled by any class, however much of others was sent before."""
+        return (
+            self.num_uncached_tokens < window_tokens
+            or self._tokens_by_class[priority] < window_tokens / 2
+            or self._num_by_class[priority] == 0
+        )
 
     def backlog_tokens(self, queued_tokens: int) -> int:
         """Prompt tokens that would be computed before those of a new request.
