@@ -184,7 +184,7 @@ class Cluster:
         )
         self._deployed = True
         serve.run_many(
-            [serve.RunTarget(application, name=APP_NAME, route_prefix=None)],
+            [serve.RunTarget(application, name=APP_NAME, route_prefix=None, external_scaler_enabled=True)],
             wait_for_ingress_deployment_creation=False,
             wait_for_applications_running=False,
         )

@@ -9,7 +9,7 @@ from typing import Any
 from ray import serve
 from ray.serve import Application
 
-from cluster.config import ClusterConfig
+from cluster.config import ClusterConfig, effective_config
 from cluster.gateway.listener import is_loopback
 from cluster.serve.cluster_certificate import ClusterCertificate
 from cluster.serve.gateway_deployment import GatewayDeployment
@@ -98,4 +98,7 @@ def create_application(
         logging_config=_QUIET,
     )
     paths = {placement.model.name: placement.model.path for placement in placements}
-    return gateway.bind(config.gateway, config.classes, paths, models, identity)
+    num_replicas = {placement.model.name: placement.model.replicas for placement in placements}
+    return gateway.bind(
+        config.gateway, config.classes, paths, models, num_replicas, identity, configuration=effective_config(config)
+    )

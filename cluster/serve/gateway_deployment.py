@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import logging
 from collections.abc import Mapping
+from typing import Any
 
 import ray
 from ray import serve
@@ -17,6 +18,7 @@ from cluster.gateway.config import GatewayConfig
 from cluster.gateway.server import Gateway
 from cluster.observability.logging import configure_logging
 from cluster.serve.identity import ClusterIdentity
+from cluster.serve.model_control import ServeModelControl
 from cluster.serve.ray_metrics import RaySink
 from cluster.serve.replica_directory import ReplicaDirectory
 from cluster.serve.startup_report import StartupReport
@@ -32,6 +34,8 @@ class GatewayDeployment:
         classes: of priority, the same for all models.
         paths: checkpoint by model name.
         models: the deployment that serves each model.
+        num_replicas: as configured, by model.
+        configuration: of the whole cluster, for the AdminService to tell.
     """
 
     _gateway: Gateway | None = None
@@ -43,7 +47,10 @@ class GatewayDeployment:
         classes: ClassesConfig,
         paths: Mapping[str, str],
         models: Mapping[str, DeploymentHandle],
+        num_replicas: Mapping[str, int],
         identity: ClusterIdentity,
+        *,
+        configuration: Mapping[str, Any],
     ) -> None:
         configure_logging(identity.logging.level, identity.logging.format)
         context = serve.get_replica_context()
@@ -55,6 +62,7 @@ class GatewayDeployment:
                 ServedModel(name, await asyncio.to_thread(resolve_checkpoint, path, weights=False))
                 for name, path in paths.items()
             ]
+            deployments = {name: handle.deployment_name for name, handle in models.items()}
             self._gateway = Gateway(
                 config,
                 served,
@@ -63,10 +71,12 @@ class GatewayDeployment:
                 credentials=identity.certificate and identity.certificate.channel_credentials(),
                 metrics=RaySink(),
                 gateway_id=f"gateway-{context.replica_id.unique_id}",
+                model_control=ServeModelControl(context.app_name, deployments, num_replicas),
+                configuration=configuration,
             )
             port = await self._gateway.start()
             self._directory = ReplicaDirectory(
-                {name: handle.deployment_name for name, handle in models.items()},
+                deployments,
                 app_name=context.app_name,
                 on_change=self._gateway.set_replicas,
             )
@@ -75,7 +85,7 @@ class GatewayDeployment:
             if self._gateway:
                 await self._gateway.stop()
             raise
-        report.finish(node_ip=ray.util.get_node_ip_address(), port=port)
+        report.finish(node_ip=ray.util.get_node_ip_address(), port=port, admin_port=self._gateway.admin_port)
 
     async def check_health(self) -> None:
         """That this runs shows that the event loop lives, and with it the gateway."""
