@@ -1,6 +1,9 @@
-"""One candidate on its way from tokens to chunks."""
+"""One candidate of a generation: all that it has so far."""
 
 from __future__ import annotations
+
+from collections.abc import Sequence
+from io import StringIO
 
 from cluster.core.request import FinishReason
 from cluster.text.text_stream import TextStream
@@ -8,91 +11,104 @@ from cluster.v1 import inference_pb2, replica_pb2
 from cluster.wire import finish_reason_to_proto
 
 _STOP = finish_reason_to_proto(FinishReason.STOP)
+_LENGTH = finish_reason_to_proto(FinishReason.LENGTH)
 
 
 class Candidate:
-    """Turns token deltas into at most one unread chunk: what a client does not read in time is merged into it.
+    """Takes token deltas in, keeps the tokens and their text, and knows when it is complete.
+
+    It keeps everything: work goes on elsewhere from its tokens, and readers come to it at any place.
 
     Attributes:
-        finished: the last token has come; ``chunk`` holds it until it is taken.
-        num_tokens: completion tokens so far.
-        cached_tokens: of the prompt, those served from the prefix cache.
-        unread_tokens: tokens in the unread chunk.
+        token_ids: so far, in order; the one at which the replica stopped included.
+        logprobs: one per token, where they were asked for.
+        finish_reason: of the proto's FinishReason; 0 while more may come.
+        num_text_chars: code points of text so far.
+        cached_tokens: of the prompt, those served from the prefix cache where it began.
         last_token_s: when the last delta came, in monotonic seconds; None before the first.
+        resumed_tokens, resumed_chars, resumed_end: what the client had of it before this gateway began, and whether it
+            had its end; no reader gets that again.
     """
 
     __slots__ = (
-        "_chunk", "_generation_id", "_num_chars", "_num_prompt_tokens", "_text", "_text_stream", "cached_tokens",
-        "finished", "index", "last_token_s", "num_tokens", "unread_tokens",
+        "_continued", "_text", "_text_stream", "cached_tokens", "finish_reason", "index", "last_token_s", "logprobs",
+        "num_text_chars", "resumed_chars", "resumed_end", "resumed_tokens", "token_ids",
     )  # fmt: skip
 
-    def __init__(self, generation_id: str, index: int, num_prompt_tokens: int, text_stream: TextStream) -> None:
-        self._generation_id = generation_id
+    def __init__(self, index: int, text_stream: TextStream) -> None:
         self.index = index
-        self._num_prompt_tokens = num_prompt_tokens
-        self._text_stream = text_stream
-        self._chunk: inference_pb2.GenerateChunk | None = None
-        self._text: list[str] = []
-        self._num_chars = 0
-        self.finished = False
-        self.num_tokens = 0
+        self.token_ids: list[int] = []
+        self.logprobs: list[inference_pb2.PositionLogprobs] = []
+        self.finish_reason = 0
+        self.num_text_chars = 0
         self.cached_tokens = 0
-        self.unread_tokens = 0
         self.last_token_s: float | None = None
+        self.resumed_tokens = 0
+        self.resumed_chars = 0
+        self.resumed_end = False
+        self._text = StringIO()
+        self._text_stream = text_stream
+        self._continued = False
 
     @property
-    def readable(self) -> bool:
-        return self._chunk is not None
+    def num_tokens(self) -> int:
+        return len(self.token_ids)
+
+    @property
+    def num_bytes(self) -> int:
+        """That it takes in memory, about."""
+        num_bytes = 1024 + 36 * len(self.token_ids) + 4 * self.num_text_chars
+        if self.logprobs:
+            num_bytes += len(self.logprobs) * 100 * (2 + len(self.logprobs[0].top))
+        return num_bytes
 
     def push(self, delta: replica_pb2.TokenDelta) -> None:
-        """Takes a delta in. A stop string ends the candidate even where the replica has not: see ``finished``."""
+        """Takes a delta in. A stop string ends the candidate even where the replica has not: see ``finish_reason``."""
         token_ids, finish_reason = delta.token_ids, delta.finish_reason
         # The token at which the replica stopped is reported, but it is no text.
         shown = token_ids[:-1] if finish_reason == _STOP else token_ids
         text = self._text_stream.push(shown)
-        pieces = text.text
-        num_tokens = len(token_ids)
+        piece = text.text
         if text.stopped:
-            finish_reason, num_tokens = _STOP, text.num_tokens
+            finish_reason = _STOP
+            token_ids = token_ids[: text.num_tokens]
         elif finish_reason:
-            pieces += self._text_stream.finish().text
-        chunk = self._chunk
-        if chunk is None:
-            chunk = self._chunk = inference_pb2.GenerateChunk(
-                generation_id=self._generation_id,
-                candidate_index=self.index,
-                token_ids=token_ids[:num_tokens],
-                token_offset=self.num_tokens,
-            )
-        else:
-            chunk.token_ids.extend(token_ids[:num_tokens])
+            piece += self._text_stream.finish().text
+        self.token_ids.extend(token_ids)
         if delta.logprobs:
-            chunk.logprobs.extend(delta.logprobs[:num_tokens])
-        if pieces:
-            self._text.append(pieces)
-        self.num_tokens += num_tokens
-        self.unread_tokens += num_tokens
-        if delta.cached_tokens:
+            self.logprobs.extend(delta.logprobs[: len(token_ids)])
+        if piece:
+            self._text.write(piece)
+            self.num_text_chars += len(piece)
+        if delta.cached_tokens and not self._continued:
             self.cached_tokens = delta.cached_tokens
-        if finish_reason:
-            self.finished = True
-            chunk.finish_reason = finish_reason
-            chunk.usage.prompt_tokens = self._num_prompt_tokens
-            chunk.usage.cached_tokens = self.cached_tokens
-            chunk.usage.completion_tokens = self.num_tokens
+        self.finish_reason = finish_reason
 
-    def take(self) -> inference_pb2.GenerateChunk:
-        """The unread chunk; only while ``readable``."""
-        chunk, self._chunk = self._chunk, None
-        chunk.text_delta = text = "".join(self._text)
-        chunk.text_offset = self._num_chars
-        self._num_chars += len(text)
-        self._text.clear()
-        self.unread_tokens = 0
-        return chunk
+    def resume(self, token_ids: Sequence[int], finish_reason: int, *, max_tokens: int) -> None:
+        """Begins after what a client has had of it; on a new candidate only.
 
-    def drop(self) -> None:
-        """Forgets what is unread: nobody will read it."""
-        self._chunk = None
-        self._text.clear()
-        self.unread_tokens = 0
+        Args:
+            finish_reason: where it is complete, why; else 0.
+            max_tokens: that it may have in all.
+        """
+        self._continued = True
+        text = self._text_stream.push(token_ids)
+        self._text.write(text.text)
+        self.token_ids.extend(token_ids)
+        self.resumed_tokens = len(token_ids)
+        self.resumed_chars = self.num_text_chars = len(text.text)
+        self.finish_reason = finish_reason
+        self.resumed_end = bool(finish_reason)
+        if not finish_reason and len(token_ids) >= max_tokens:  # nothing is left to be done for it but to say so
+            self.push(replica_pb2.TokenDelta(finish_reason=_LENGTH))
+
+    def move(self) -> None:
+        """Another replica goes on with it."""
+        self._continued = self._continued or bool(self.token_ids)
+
+    def text_from(self, num_chars: int) -> str:
+        """The text after so many code points."""
+        if num_chars == self.num_text_chars:
+            return ""
+        self._text.seek(num_chars)
+        return self._text.read()  # leaves it at its end, where the next piece is written

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
+from cluster.core.config import AdmissionConfig, TenantConfig
 from cluster.core.routing_config import RoutingConfig
 from cluster.errors import require
+from cluster.gateway.replay import ReplayConfig
 from cluster.gateway.security_config import AdminConfig, AuthConfig, ConnectionConfig, TlsConfig
 
 DEFAULT_HTTP_PORT = 8000
@@ -21,11 +23,14 @@ class GatewayConfig:
         http_port: of OpenAI's API, health and metrics; 0 takes a free one, null turns HTTP off. Where the default is
             taken, a free one is used.
         routing: how requests are spread over a model's replicas.
+        admission: how much may wait here for each model.
+        tenants: what each may use; those that are not listed have no limits.
         default_deadline_s: for calls that bring none of their own.
         max_prompt_bytes: a larger prompt is refused before it is tokenized.
         max_message_bytes: a larger gRPC message is refused.
         max_concurrent_streams: open generations at once; more are refused.
         max_unread_tokens: a stream whose client leaves more of a candidate unread is ended.
+        replay: what is kept of requests that have ended, for the same request again.
         drain_timeout_s: how long running generations may take to finish at shutdown.
         reflection: gRPC reflection; unset: on for loopback addresses only.
         max_deadline_s: no call lasts longer, whatever deadline it brings.
@@ -40,11 +45,14 @@ class GatewayConfig:
     port: int = 50051
     http_port: int | None = DEFAULT_HTTP_PORT
     routing: RoutingConfig = field(default_factory=RoutingConfig)
+    admission: AdmissionConfig = field(default_factory=AdmissionConfig)
+    tenants: tuple[TenantConfig, ...] = ()
     default_deadline_s: float = 600.0
     max_prompt_bytes: int = 8 * 2**20
     max_message_bytes: int = 16 * 2**20
     max_concurrent_streams: int = 4096
     max_unread_tokens: int = 8192
+    replay: ReplayConfig = field(default_factory=ReplayConfig)
     drain_timeout_s: float = 30.0
     reflection: bool | None = None
     max_deadline_s: float = 3600.0
@@ -55,6 +63,9 @@ class GatewayConfig:
     admin: AdminConfig = field(default_factory=AdminConfig)
 
     def __post_init__(self) -> None:
+        names = [tenant.name for tenant in self.tenants]
+        for name in names:
+            require(names.count(name) == 1, "tenants", f"two are called {name!r}; put their limits together")
         require(0 <= self.port <= 65535, "port", "must be in [0, 65535]")
         require(self.http_port is None or 0 <= self.http_port <= 65535, "http_port", "must be in [0, 65535], or null")
         require(bool(self.host), "host", "must name an address, such as 127.0.0.1")

@@ -1,94 +1,185 @@
-"""A client's generation, from admission to its last chunk."""
+"""A client's generation, from admission to its last token, wherever it runs."""
 
 from __future__ import annotations
 
 import asyncio
+import dataclasses
 import time
 from collections.abc import Callable
 
+from cluster.core.routing import Placement
 from cluster.errors import ClusterError, DeadlineExceeded, EngineFault, ModelWarming, ReplicaLost, SlowReader
 from cluster.gateway.balancer import Balancer
 from cluster.gateway.candidate import Candidate
-from cluster.gateway.replica_link import ReplicaLink, Submission
+from cluster.gateway.ledger import LedgerBook
+from cluster.gateway.reader import Reader
+from cluster.gateway.replica_link import ReplicaLink
+from cluster.gateway.submission import Submission
 from cluster.observability.metrics import ITL_S, TTFT_S, MetricSink
 from cluster.v1 import inference_pb2, replica_pb2
 
 # Refusals by one replica that another may not share. Nothing was executed.
 _WORTH_ANOTHER_REPLICA = frozenset({"DRAINING", "OVERLOADED"})
+_MAX_LOSSES = 3
+_REFUSED_AGAIN_S = 0.05
+_DEADLINE_MARGIN_S = 0.1
+
+
+def moving() -> inference_pb2.Progress:
+    return inference_pb2.Progress(stage=inference_pb2.Progress.STAGE_MOVING)
+
+
+def warming() -> inference_pb2.Progress:
+    return inference_pb2.Progress(stage=inference_pb2.Progress.STAGE_WARMING)
 
 
 class Generation:
-    """What runs for one call. Replica links push into it, one reader waits on it; all on the event loop.
+    """What runs for a request. Replica links push into it, readers wait on it; all on the event loop.
 
-    It is the sink of its submission. A replica that is lost before the client got anything is replaced, once: a request
-    that kills replicas must not go round them all. Where there is no other, the generation waits for one until its
-    deadline. Later than that it fails with ReplicaLost, which says what the client has. A fault of the request alone is
-    tried on another replica only where nothing was generated, and told as it is.
+    It is the sink of its submission. When its replica is lost it goes on at another, from what it has: a stream is not
+    ended by the death of a replica, and each token is there once. Work that has tokens stays with its model's digest,
+    and with equal fingerprints where there are any. Where there is no replica it waits for one until its deadline. A
+    request that kills replicas must not go round them all: after so many losses without a token in between it ends with
+    ReplicaLost. A fault of the request alone is tried on another replica where nothing was generated, once.
+
+    Attributes:
+        error: why it ended before its time.
+        seed, num_prompt_tokens: known once it has started.
 
     Args:
-        streams: whether the reader wants every delta, or only the end.
-        max_unread_tokens: a stream whose client leaves more than this unread is ended.
         metrics: gets times to first token and between tokens.
     """
 
-    def __init__(
-        self, generation_id: str, request_id: str, *, streams: bool, max_unread_tokens: int, metrics: MetricSink
-    ) -> None:
+    def __init__(self, generation_id: str, *, metrics: MetricSink) -> None:
         self.generation_id = generation_id
-        self.request_id = request_id
         self.error: Exception | None = None
         self.candidates: list[Candidate] = []
         self.num_prompt_tokens = 0
         self.seed = 0
+        self._readers: list[Reader] = []
         self._model = ""
-        self._streams = streams
-        self._max_unread_tokens = max_unread_tokens
         self._metrics = metrics
         self._balancer: Balancer | None = None
+        self._placement: Placement | None = None
         self._submit: replica_pb2.Submit | None = None
-        self._make_candidate: Callable[[int], Candidate] | None = None
         self._submission: Submission | None = None
+        self._fingerprint: replica_pb2.Fingerprint | None = None  # of whoever made the last tokens
         self._tried: list[ReplicaLink] = []
-        self._replaced = False
+        self._num_losses = 0
+        self._faulted = False
+        self._stay_started = False
         self._num_finished = 0
-        self._sequence = 0
-        self._num_sent_tokens = 0
-        self._waiter: asyncio.Future[None] | None = None
+        self._ended = False
+        self._exact = True
         self._started_s = time.monotonic()
+        self._book = LedgerBook(self._started_s)
         self._expires_s = 0.0
         self._deadline: asyncio.TimerHandle | None = None
+        self._later: asyncio.TimerHandle | None = None
+        self._progress: Callable[[], inference_pb2.Progress] | None = None
+        self._on_end: list[Callable[[], None]] = []
+
+    # -- its beginning ------------------------------------------------------------------------------------------------
 
     def start(
         self,
         submit: replica_pb2.Submit,
-        make_candidate: Callable[[int], Candidate],
+        candidates: list[Candidate],
         *,
         model: str,
         balancer: Balancer,
+        placement: Placement,
+        fingerprint: replica_pb2.Fingerprint | None = None,
     ) -> None:
         """Sends the work to a replica; ``expire_after`` has been called.
 
+        Args:
+            candidates: of which those that a client has had a part of go on after that.
+            fingerprint: of whoever made that part; None: not known, or there is none.
+
         Raises:
-            ClusterError: it was cancelled or its deadline passed meanwhile, or no replica is ready.
+            ClusterError: it was cancelled or its deadline passed meanwhile.
         """
         if self.error is not None:
             raise self.error
         self._model = model
         self.num_prompt_tokens = len(submit.prompt_token_ids)
         self.seed = submit.sampling.seed
-        self._make_candidate = make_candidate
         self._submit = submit
         self._balancer = balancer
-        self._place()
+        self._placement = placement
+        self._fingerprint = fingerprint
+        self.candidates = candidates
+        self._exact = fingerprint is not None or not self._touched
+        self._num_finished = sum(bool(candidate.finish_reason) for candidate in candidates)
+        for reader in self._readers:
+            reader.begin()
+        if self.complete:
+            self._end()
+        else:
+            self._place_when_ready()
+        self._wake()
+
+    # -- its place ----------------------------------------------------------------------------------------------------
 
     def _place(self) -> None:
-        """At the beginning of the work, whatever another replica had of it."""
-        self.candidates = [self._make_candidate(index) for index in range(self._submit.sampling.n)]
-        self._num_finished = 0
-        self._submit.deadline_ms = max(int((self._expires_s - time.monotonic()) * 1000), 0)
-        link = self._balancer.pick(excluded=self._tried)
+        """At a replica, where it goes on from what it has.
+
+        Raises:
+            ModelWarming: none is ready that was not tried.
+        """
+        submit, placement = self._submit, self._placement
+        touched = self._touched
+        del submit.emitted[:]
+        if touched:
+            most = max(len(candidate.token_ids) for candidate in self.candidates)
+            placement = dataclasses.replace(
+                placement,
+                num_prompt_tokens=placement.num_prompt_tokens + most,
+                max_tokens=max(placement.max_tokens - most, 1),
+            )
+        fingerprint = self._fingerprint if touched else None
+        link = self._balancer.pick(
+            placement,
+            excluded=self._tried,
+            only_digest=None if fingerprint is None else fingerprint.model_digest,
+            prefer=fingerprint,
+        )
+        now = time.monotonic()
+        if touched:
+            submit.emitted.extend(
+                replica_pb2.EmittedTokens(candidate_index=candidate.index, token_ids=candidate.token_ids)
+                for candidate in self.candidates
+                if not candidate.finish_reason
+            )
+            for candidate in self.candidates:
+                candidate.move()
+            found = link.hello.fingerprint
+            self._exact = self._exact and found == fingerprint and found.batch_invariant
+        submit.deadline_ms = max(int((self._expires_s - now) * 1000), 0)
         self._tried.append(link)
-        self._submission = link.submit(self._submit, self)
+        self._stay_started = False
+        self._book.place(link.replica.replica_id, now)
+        self._submission = link.submit(submit, self, placement)
+        self._fingerprint = link.hello.fingerprint
+        if self._progress is not moving:
+            self._progress = None
+
+    def _place_when_ready(self) -> None:
+        """At any replica, as soon as there is one: one that comes back after it was lost is as good as another."""
+        self._later = None
+        self._tried.clear()
+        try:
+            self._place()
+        except ModelWarming:
+            if self._progress is not moving:
+                self.report(warming)
+            self._balancer.wait_ready(self._place_when_ready)
+
+    @property
+    def _touched(self) -> bool:
+        """Whether anything was generated, so that another start would not be the first."""
+        return any(candidate.token_ids or candidate.finish_reason for candidate in self.candidates)
 
     # -- from the replica ---------------------------------------------------------------------------------------------
 
@@ -99,145 +190,186 @@ class Generation:
         except Exception as error:  # a fault of one generation must not end the others on this link
             self.fail(error)
             return
-        self._record_latency(candidate, len(delta.token_ids))
-        if candidate.finished:
-            self._num_finished += 1
-            # Ends it at the replica where a stop string did it here; otherwise it has ended there and this is nothing.
-            self._submission.cancel(delta.candidate_index)
-        if self._streams:
-            if candidate.unread_tokens > self._max_unread_tokens:
-                self.fail(
-                    SlowReader(
-                        f"the client left more than {self._max_unread_tokens} tokens unread: read the stream faster, "
-                        f"or call Generate"
-                    )
-                )
-            else:
-                self._wake()
-        elif self._num_finished == len(self.candidates):
-            self._wake()
-
-    def _record_latency(self, candidate: Candidate, num_tokens: int) -> None:
         now = time.monotonic()
-        if candidate.last_token_s is not None:
-            self._metrics.record(ITL_S, (now - candidate.last_token_s) / max(num_tokens, 1), model=self._model)
+        if not self._stay_started:
+            self._begin_stay(now)
+        last_s = candidate.last_token_s
+        if last_s is not None:
+            self._metrics.record(ITL_S, (now - last_s) / (len(delta.token_ids) or 1), model=self._model)
         elif candidate.index == 0:
             self._metrics.record(TTFT_S, now - self._started_s, model=self._model)
         candidate.last_token_s = now
+        if candidate.finish_reason:
+            self._finish(delta, now)
+        for reader in self._readers:
+            if not reader.notice(candidate):
+                self._cut_off(reader)
+
+    def _begin_stay(self, now: float) -> None:
+        self._stay_started = True
+        self._num_losses = 0
+        self._progress = None
+        self._book.start(now)
+
+    def _finish(self, delta: replica_pb2.TokenDelta, now: float) -> None:
+        self._num_finished += 1
+        self._book.finish(delta.times if delta.HasField("times") else None)
+        # Ends it at the replica where a stop string did it here; otherwise it has ended there and this is nothing.
+        self._submission.cancel(delta.candidate_index)
+        if self.complete:
+            self._end()
 
     def on_failure(self, error: ClusterError) -> None:
-        if self._touched:
-            self.fail(error)
-        elif error.reason in _WORTH_ANOTHER_REPLICA:
-            self._place_again(otherwise=error)
-        elif error.reason == EngineFault.reason and not self._replaced:
-            self._replaced = True
-            self._place_again(otherwise=error)
-        else:
-            self.fail(error)
-
-    def on_replica_lost(self, why: str) -> None:
-        if self._sequence:
-            self.fail(
-                ReplicaLost(
-                    f"the replica was lost after {self._num_sent_tokens} tokens had been sent, which stand: send the "
-                    f"request again, or continue after them ({why})"
-                )
-            )
-        elif self._replaced:
-            self.fail(ReplicaLost(f"two replicas failed one after the other while they had this request ({why})"))
-        else:
-            self._replaced = True
+        now = time.monotonic()
+        refused = error.reason in _WORTH_ANOTHER_REPLICA
+        if refused and not self._stay_started:
+            self._book.refuse()
+            self._place_again(error)
+            return
+        self._book.leave(now)
+        if error.reason == EngineFault.reason and not self._touched and not self._faulted:
+            self._faulted = True
+            self._place_again(error)
+        elif error.reason == DeadlineExceeded.reason and self._expires_s - now > _DEADLINE_MARGIN_S:
+            self._place_when_ready()  # its deadline was put off while it ran
+        elif refused:
             self._place_when_ready()
+        else:
+            self.fail(error)
 
-    def _place_when_ready(self) -> None:
-        self._tried.clear()  # one that comes back after it was lost is as good as another
+    def _place_again(self, error: ClusterError) -> None:
+        """Elsewhere, after one replica did not want it."""
         try:
             self._place()
         except ModelWarming:
-            self._balancer.wait_ready(self._place_when_ready)
+            if error.reason != "DRAINING" and not self._touched:
+                self.fail(error)
+            else:
+                self._later = asyncio.get_running_loop().call_later(_REFUSED_AGAIN_S, self._place_when_ready)
 
-    @property
-    def _touched(self) -> bool:
-        """Whether anything was generated, so that a second start would not be the first."""
-        return any(candidate.num_tokens or candidate.finished for candidate in self.candidates)
+    def on_replica_lost(self, why: str) -> None:
+        self._book.leave(time.monotonic())
+        self._num_losses += 1
+        if self._num_losses >= _MAX_LOSSES:
+            self.fail(
+                ReplicaLost(
+                    f"{self._num_losses} replicas were lost one after the other while they had this request, which got "
+                    f"no token from any of them: it is not sent to more. What was sent before stands ({why})"
+                )
+            )
+            return
+        self.report(moving)
+        self._place_when_ready()
 
-    def _place_again(self, otherwise: ClusterError | None) -> None:
-        try:
-            self._place()
-        except ModelWarming as error:
-            self.fail(otherwise or error)
+    def _cut_off(self, reader: Reader) -> None:
+        """A reader that leaves too much unread."""
+        error = SlowReader("the client left too many tokens unread: read the stream faster, or call Generate")
+        reader.fail(error)
+        self._readers = [each for each in self._readers if each is not reader]
+        if not self._readers:
+            self.fail(error)
 
     # -- from anywhere ------------------------------------------------------------------------------------------------
 
+    def report(self, progress: Callable[[], inference_pb2.Progress]) -> None:
+        """From now on it waits for this, until it is at a replica."""
+        self._progress = progress
+        self._wake()
+
     def fail(self, error: Exception) -> None:
         """Ends the generation with ``error``, here and at the replica. The first error counts."""
-        if self.error is not None or self.done:
+        if self._ended:
             return
         self.error = error
         self._end()
         self._wake()
 
     def expire_after(self, remaining_s: float) -> None:
-        """Fails it when so much time has passed."""
-        error = DeadlineExceeded("the deadline passed before the generation had finished")
-        self._expires_s = time.monotonic() + remaining_s
-        self._deadline = asyncio.get_running_loop().call_later(remaining_s, self.fail, error)
-
-    def close(self) -> None:
-        """The reader has gone: whatever still runs at a replica is cancelled."""
+        """Fails it when so much time has passed. Of several calls, the latest time counts."""
+        expires_s = time.monotonic() + remaining_s
+        if self._ended or expires_s <= self._expires_s:
+            return
         if self._deadline is not None:
             self._deadline.cancel()
-        self._end()
+        self._expires_s = expires_s
+        error = DeadlineExceeded("the deadline passed before the generation had finished")
+        self._deadline = asyncio.get_running_loop().call_later(remaining_s, self.fail, error)
+
+    def on_end(self, callback: Callable[[], None]) -> None:
+        """Calls back once when it is over, whatever its end; at once where it is."""
+        if self._ended:
+            callback()
+        else:
+            self._on_end.append(callback)
 
     def _end(self) -> None:
+        """Nothing runs for it any more."""
+        self._ended = True
+        self._book.end(time.monotonic())
+        self._progress = None
+        for timer in (self._deadline, self._later):
+            if timer is not None:
+                timer.cancel()
         if self._submission is not None:
             self._submission.cancel()
+        if self._balancer is not None:
             self._balancer.forget(self._place_when_ready)
-        for candidate in self.candidates:
-            candidate.drop()
+        self._submit = self._submission = self._placement = None
+        self._tried.clear()
+        callbacks, self._on_end = self._on_end, []
+        for callback in callbacks:
+            callback()
 
-    # -- for the reader -----------------------------------------------------------------------------------------------
+    # -- for readers --------------------------------------------------------------------------------------------------
+
+    def attach(self, reader: Reader, places: list[tuple[int, int, bool]] | None = None) -> None:
+        """From now on the reader hears of what is new; see Reader.begin for ``places``."""
+        if self.candidates:
+            reader.begin(places)
+        self._readers.append(reader)
+
+    def detach(self, reader: Reader) -> None:
+        """The reader has gone. With the last one, whatever still runs is cancelled."""
+        self._readers = [each for each in self._readers if each is not reader]
+        if not self._readers and not self._ended:
+            self._end()
 
     @property
-    def done(self) -> bool:
-        """Every candidate has finished and been taken, without an error."""
-        finished = bool(self.candidates) and self._num_finished == len(self.candidates)
-        return finished and self.error is None and not any(candidate.readable for candidate in self.candidates)
+    def num_readers(self) -> int:
+        return len(self._readers)
+
+    @property
+    def complete(self) -> bool:
+        """Every candidate has its end."""
+        return self._num_finished == len(self.candidates) and bool(self.candidates)
 
     @property
     def num_tokens(self) -> int:
         """Completion tokens of all candidates so far."""
-        return sum(candidate.num_tokens for candidate in self.candidates)
+        return sum(len(candidate.token_ids) for candidate in self.candidates)
+
+    @property
+    def num_new_tokens(self) -> int:
+        """Of these, those that were not there when it was resumed."""
+        return self.num_tokens - sum(candidate.resumed_tokens for candidate in self.candidates)
+
+    @property
+    def num_bytes(self) -> int:
+        """That it takes in memory, about."""
+        return sum(candidate.num_bytes for candidate in self.candidates)
+
+    def progress(self) -> inference_pb2.Progress | None:
+        """What it waits for; None: for nothing but its next token."""
+        return None if self._progress is None else self._progress()
+
+    def ledger(self) -> inference_pb2.Ledger:
+        """Where its time has gone so far."""
+        return self._book.ledger(
+            time.monotonic(),
+            cached_tokens=max((candidate.cached_tokens for candidate in self.candidates), default=0),
+            exact=self._exact,
+        )
 
     def _wake(self) -> None:
-        waiter, self._waiter = self._waiter, None
-        if waiter is not None and not waiter.done():
-            waiter.set_result(None)
-
-    async def wait(self) -> None:
-        """Returns when there is something to take: a delta for a stream, else all candidates whole.
-
-        Raises:
-            Exception: the generation failed, or was failed by ``fail``.
-        """
-        if self._streams:
-            ready = any(candidate.readable for candidate in self.candidates)
-        else:
-            ready = self._num_finished == len(self.candidates)
-        if self.error is None and not ready:
-            self._waiter = asyncio.get_running_loop().create_future()
-            await self._waiter
-        if self.error is not None:
-            raise self.error
-
-    def take(self) -> list[inference_pb2.GenerateChunk]:
-        """The unread chunks, at most one per candidate, numbered in the order of the stream."""
-        chunks = [candidate.take() for candidate in self.candidates if candidate.readable]
-        for chunk in chunks:
-            chunk.sequence = self._sequence
-            if self._sequence == 0:
-                chunk.seed = self.seed
-            self._sequence += 1
-            self._num_sent_tokens += len(chunk.token_ids)
-        return chunks
+        for reader in self._readers:
+            reader.wake()

@@ -167,16 +167,18 @@ class GenerateRequest(_message.Message):
     def __init__(self, model: _Optional[str] = ..., request_id: _Optional[str] = ..., prompt: _Optional[str] = ..., token_ids: _Optional[_Union[TokenIds, _Mapping]] = ..., chat: _Optional[_Union[ChatMessages, _Mapping]] = ..., sampling: _Optional[_Union[SamplingParams, _Mapping]] = ..., priority: _Optional[_Union[Priority, str]] = ..., labels: _Optional[_Mapping[str, str]] = ..., cache_salt: _Optional[str] = ..., resume: _Optional[_Union[Resume, _Mapping]] = ..., max_ttft_ms: _Optional[int] = ..., progress: _Optional[bool] = ..., session_id: _Optional[str] = ...) -> None: ...
 
 class Resume(_message.Message):
-    __slots__ = ("generation_id", "seed", "sequence", "candidates")
+    __slots__ = ("generation_id", "seed", "sequence", "candidates", "fingerprint")
     GENERATION_ID_FIELD_NUMBER: _ClassVar[int]
     SEED_FIELD_NUMBER: _ClassVar[int]
     SEQUENCE_FIELD_NUMBER: _ClassVar[int]
     CANDIDATES_FIELD_NUMBER: _ClassVar[int]
+    FINGERPRINT_FIELD_NUMBER: _ClassVar[int]
     generation_id: str
     seed: int
     sequence: int
     candidates: _containers.RepeatedCompositeFieldContainer[ResumedCandidate]
-    def __init__(self, generation_id: _Optional[str] = ..., seed: _Optional[int] = ..., sequence: _Optional[int] = ..., candidates: _Optional[_Iterable[_Union[ResumedCandidate, _Mapping]]] = ...) -> None: ...
+    fingerprint: bytes
+    def __init__(self, generation_id: _Optional[str] = ..., seed: _Optional[int] = ..., sequence: _Optional[int] = ..., candidates: _Optional[_Iterable[_Union[ResumedCandidate, _Mapping]]] = ..., fingerprint: _Optional[bytes] = ...) -> None: ...
 
 class ResumedCandidate(_message.Message):
     __slots__ = ("index", "token_ids", "finish_reason")
@@ -223,7 +225,7 @@ class Usage(_message.Message):
     def __init__(self, prompt_tokens: _Optional[int] = ..., cached_tokens: _Optional[int] = ..., completion_tokens: _Optional[int] = ...) -> None: ...
 
 class GenerateChunk(_message.Message):
-    __slots__ = ("generation_id", "sequence", "candidate_index", "text_delta", "text_offset", "token_ids", "token_offset", "logprobs", "seed", "finish_reason", "usage", "progress")
+    __slots__ = ("generation_id", "sequence", "candidate_index", "text_delta", "text_offset", "token_ids", "token_offset", "logprobs", "seed", "finish_reason", "usage", "progress", "fingerprint")
     GENERATION_ID_FIELD_NUMBER: _ClassVar[int]
     SEQUENCE_FIELD_NUMBER: _ClassVar[int]
     CANDIDATE_INDEX_FIELD_NUMBER: _ClassVar[int]
@@ -236,6 +238,7 @@ class GenerateChunk(_message.Message):
     FINISH_REASON_FIELD_NUMBER: _ClassVar[int]
     USAGE_FIELD_NUMBER: _ClassVar[int]
     PROGRESS_FIELD_NUMBER: _ClassVar[int]
+    FINGERPRINT_FIELD_NUMBER: _ClassVar[int]
     generation_id: str
     sequence: int
     candidate_index: int
@@ -248,7 +251,8 @@ class GenerateChunk(_message.Message):
     finish_reason: FinishReason
     usage: Usage
     progress: Progress
-    def __init__(self, generation_id: _Optional[str] = ..., sequence: _Optional[int] = ..., candidate_index: _Optional[int] = ..., text_delta: _Optional[str] = ..., text_offset: _Optional[int] = ..., token_ids: _Optional[_Iterable[int]] = ..., token_offset: _Optional[int] = ..., logprobs: _Optional[_Iterable[_Union[PositionLogprobs, _Mapping]]] = ..., seed: _Optional[int] = ..., finish_reason: _Optional[_Union[FinishReason, str]] = ..., usage: _Optional[_Union[Usage, _Mapping]] = ..., progress: _Optional[_Union[Progress, _Mapping]] = ...) -> None: ...
+    fingerprint: bytes
+    def __init__(self, generation_id: _Optional[str] = ..., sequence: _Optional[int] = ..., candidate_index: _Optional[int] = ..., text_delta: _Optional[str] = ..., text_offset: _Optional[int] = ..., token_ids: _Optional[_Iterable[int]] = ..., token_offset: _Optional[int] = ..., logprobs: _Optional[_Iterable[_Union[PositionLogprobs, _Mapping]]] = ..., seed: _Optional[int] = ..., finish_reason: _Optional[_Union[FinishReason, str]] = ..., usage: _Optional[_Union[Usage, _Mapping]] = ..., progress: _Optional[_Union[Progress, _Mapping]] = ..., fingerprint: _Optional[bytes] = ...) -> None: ...
 
 class Progress(_message.Message):
     __slots__ = ("stage", "position", "eta_ms")
