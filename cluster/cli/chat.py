@@ -8,11 +8,11 @@ from typing import Annotated
 
 import typer
 
-from cluster.cli.connection import connect
-from cluster.cli.options import Address, Deadline, MaxTokens, Model, Seed, Temperature, TopK, TopP, sampling_of
-from cluster.cli.output import print_json, print_text
+from cluster.cli.connection import Connection, connects
+from cluster.cli.options import Deadline, MaxTokens, Model, Progress, Seed, Temperature, TopK, TopP, sampling_of
+from cluster.cli.output import print_chunk, print_text
 from cluster.client import Client
-from cluster.client.channel import DEFAULT_ADDRESS, DEFAULT_DEADLINE_S
+from cluster.client.channel import DEFAULT_DEADLINE_S
 from cluster.client.requests import GenerateOptions
 from cluster.core.request import SamplingParams
 from cluster.errors import ClusterError, InvalidRequest
@@ -20,7 +20,9 @@ from cluster.errors import ClusterError, InvalidRequest
 HELP = "/reset forgets the conversation, /exit or Ctrl-D leaves, Ctrl-C stops an answer."
 
 
+@connects
 def chat(
+    connection: Connection,
     model: Model = "",
     system: Annotated[str, typer.Option("--system", help="A system message that opens the conversation.")] = "",
     max_tokens: MaxTokens = None,
@@ -29,15 +31,19 @@ def chat(
     top_k: TopK = 0,
     seed: Seed = None,
     deadline: Deadline = DEFAULT_DEADLINE_S,
+    progress: Progress = False,
     as_json: Annotated[bool, typer.Option("--json", help="One JSON object per chunk.")] = False,
-    address: Address = DEFAULT_ADDRESS,
 ) -> None:
     """Talk with a model that has a chat template. Lines piped in are answered one after the other."""
     sampling = sampling_of(max_tokens=max_tokens, temperature=temperature, top_p=top_p, top_k=top_k, seed=seed)
-    with connect(address) as client:
+    with connection.client() as client:
         _check_template(client, model)
         conversation = Conversation(
-            client, sampling, {"model": model, "deadline_s": deadline}, system=system, as_json=as_json
+            client,
+            sampling,
+            {"model": model, "deadline_s": deadline, "progress": progress},
+            system=system,
+            as_json=as_json,
         )
         if sys.stdin.isatty():
             _talk(conversation, marker="" if as_json else "> ")
@@ -75,9 +81,9 @@ class Conversation:
             with self._client.stream_chat(turn, self._sampling, **self._options) as chunks:
                 for chunk in chunks:
                     parts.append(chunk.text)
-                    print_json(chunk) if self._as_json else print_text(chunk.text)
+                    print_chunk(chunk, as_json=self._as_json)
         finally:
-            if parts:
+            if any(parts):
                 self.messages = [*turn, {"role": "assistant", "content": "".join(parts)}]
                 if not self._as_json:
                     print_text("\n")

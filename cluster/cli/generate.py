@@ -7,13 +7,13 @@ from typing import Annotated
 
 import typer
 
-from cluster.cli.connection import connect
+from cluster.cli.connection import Connection, connects
 from cluster.cli.options import (
-    Address,
     Deadline,
     MaxTokens,
     Model,
     PriorityOption,
+    Progress,
     Seed,
     Temperature,
     TopK,
@@ -21,13 +21,15 @@ from cluster.cli.options import (
     priority_of,
     sampling_of,
 )
-from cluster.cli.output import print_json, print_text
-from cluster.client.channel import DEFAULT_ADDRESS, DEFAULT_DEADLINE_S
+from cluster.cli.output import print_chunk, print_json, print_text
+from cluster.client.channel import DEFAULT_DEADLINE_S
 from cluster.client.requests import GenerateOptions
 from cluster.client.results import GenerationResult
 
 
+@connects
 def generate(
+    connection: Connection,
     prompt: Annotated[str, typer.Argument(help="The text to continue; - reads it from standard input.")],
     model: Model = "",
     max_tokens: MaxTokens = None,
@@ -42,11 +44,15 @@ def generate(
     ] = None,
     priority: PriorityOption = "P1",
     deadline: Deadline = DEFAULT_DEADLINE_S,
+    max_ttft_ms: Annotated[
+        int | None,
+        typer.Option("--max-ttft-ms", min=1, help="Be refused at once if the first token would come later than this."),
+    ] = None,
+    progress: Progress = False,
     no_stream: Annotated[bool, typer.Option("--no-stream", help="Print when finished.")] = False,
     as_json: Annotated[
         bool, typer.Option("--json", help="One JSON object per chunk; with --no-stream, one in all.")
     ] = False,
-    address: Address = DEFAULT_ADDRESS,
 ) -> None:
     """Continue a text. The completion streams to standard output; the prompt is not repeated."""
     if logprobs is not None and not as_json:
@@ -61,16 +67,23 @@ def generate(
         n=n,
         logprobs=logprobs,
     )
-    options: GenerateOptions = {"model": model, "priority": priority_of(priority), "deadline_s": deadline}
+    options: GenerateOptions = {
+        "model": model,
+        "priority": priority_of(priority),
+        "deadline_s": deadline,
+        "progress": progress,
+    }
+    if max_ttft_ms is not None:
+        options["max_ttft_ms"] = max_ttft_ms
     text = sys.stdin.read() if prompt == "-" else prompt
-    with connect(address) as client:
+    with connection.client() as client:
         if no_stream or (n > 1 and not as_json):
             result = client.generate(text, sampling, **options)
             print_json(result) if as_json else _print_candidates(result)
             return
         with client.stream(text, sampling, **options) as chunks:
             for chunk in chunks:
-                print_json(chunk) if as_json else print_text(chunk.text)
+                print_chunk(chunk, as_json=as_json)
         if not as_json:
             print_text("\n")
 

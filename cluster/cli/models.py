@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-from cluster.cli.connection import connect
-from cluster.cli.options import Address, Json
+from cluster.cli.connection import Connection, connects
+from cluster.cli.options import Json
 from cluster.cli.output import print_json, print_table
-from cluster.client.channel import DEFAULT_ADDRESS
 
 
-def models(as_json: Json = False, address: Address = DEFAULT_ADDRESS) -> None:
+@connects
+def models(connection: Connection, as_json: Json = False) -> None:
     """List the models that a server has."""
-    with connect(address) as client:
+    with connection.client() as client:
         served = client.models()
     if as_json:
         print_json(served)

@@ -9,7 +9,6 @@ import typer
 from cluster.core.request import Priority, SamplingParams
 from cluster.errors import InvalidRequest
 
-Address = Annotated[str, typer.Option("--address", "-a", metavar="HOST:PORT", help="Where the server listens.")]
 Json = Annotated[bool, typer.Option("--json", help="Print JSON, for programs.")]
 Model = Annotated[str, typer.Option("--model", "-m", help="Which model; needed where the server has several.")]
 Deadline = Annotated[float, typer.Option("--deadline", metavar="SECONDS", help="Give up after this long.")]
@@ -23,6 +22,7 @@ Seed = Annotated[
     int | None, typer.Option("--seed", help="The same seed gives the same tokens.", show_default="drawn anew")
 ]
 PriorityName = Literal["P0", "P1", "P2", "P3"]
+Progress = Annotated[bool, typer.Option("--progress", help="Tell, on standard error, what the request waits for.")]
 PriorityOption = Annotated[PriorityName, typer.Option("--priority", help="The request's class; P0 goes first.")]
 
 

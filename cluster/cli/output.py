@@ -7,10 +7,13 @@ import enum
 import json
 import sys
 from collections.abc import Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
 from rich.table import Table
+
+if TYPE_CHECKING:
+    from cluster.client.results import Chunk, Progress
 
 
 def print_text(text: str) -> None:
@@ -23,6 +26,26 @@ def print_json(value: Any) -> None:
     """Dataclasses and collections of them as one line of JSON, in ASCII; enums by value."""
     sys.stdout.write(json.dumps(value, default=_plain) + "\n")
     sys.stdout.flush()
+
+
+def print_chunk(chunk: Chunk, *, as_json: bool) -> None:
+    """A chunk of a stream; what it waits for goes to standard error."""
+    if as_json:
+        print_json(chunk)
+    elif chunk.progress is not None:
+        print(f"({_described(chunk.progress)})", file=sys.stderr, flush=True)
+    else:
+        print_text(chunk.text)
+
+
+def _described(progress: Progress) -> str:
+    words = {
+        "queued": f"queued behind {progress.position}",
+        "warming": "the model is warming up",
+        "moving": "its replica was lost; it goes on at another",
+    }
+    eta = "" if progress.eta_ms is None else f", {progress.eta_ms / 1000:.1f} s to go"
+    return words.get(progress.stage, progress.stage) + eta
 
 
 def _plain(value: Any) -> Any:

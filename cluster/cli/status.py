@@ -4,22 +4,22 @@ from __future__ import annotations
 
 import typer
 
-from cluster.cli.connection import connect
+from cluster.cli.connection import Connection, connects
 from cluster.cli.main import EXIT_FAILED
-from cluster.cli.options import Address, Json
+from cluster.cli.options import Json
 from cluster.cli.output import print_json, print_table, print_text
-from cluster.client.channel import DEFAULT_ADDRESS
 
 
-def status(as_json: Json = False, address: Address = DEFAULT_ADDRESS) -> None:
+@connects
+def status(connection: Connection, as_json: Json = False) -> None:
     """Show a server's health and its replicas. The exit code is 1 while it takes no requests."""
-    with connect(address) as client:
+    with connection.client() as client:
         serving = client.is_serving()
         models = client.models()
     if as_json:
-        print_json({"address": address, "serving": serving, "models": models})
+        print_json({"address": connection.address, "serving": serving, "models": models})
     else:
-        print_text(f"{address} is {'serving' if serving else 'not serving'}\n")
+        print_text(f"{connection.address} is {'serving' if serving else 'not serving'}\n")
         rows = [
             (
                 model.name,

@@ -30,6 +30,7 @@ class Received:
         self._generation_id = ""
         self._seed: int | None = None
         self._sequence = 0
+        self._fingerprint = b""
 
     def add(self, chunk: pb.GenerateChunk) -> None:
         """Books a chunk.
@@ -41,6 +42,7 @@ class Received:
         self._generation_id = chunk.generation_id
         if chunk.HasField("seed"):
             self._seed = chunk.seed
+        self._fingerprint = chunk.fingerprint or self._fingerprint
         if chunk.HasField("progress"):
             return
         self.started = True
@@ -69,6 +71,7 @@ class Received:
         request.resume.generation_id = self._generation_id
         request.resume.seed = self._seed or 0
         request.resume.sequence = self._sequence
+        request.resume.fingerprint = self._fingerprint
         for index, candidate in sorted(self._candidates.items()):
             request.resume.candidates.add(
                 index=index, token_ids=candidate.token_ids, finish_reason=candidate.finish_reason

@@ -80,3 +80,32 @@ def test_no_stream(cli, server):
 def test_candidates_are_told_apart(cli, server, flags):
     server.script("Generate", response_of("one", "two"))
     assert cli("generate", "x", "-n", "2", *flags).stdout == "--- candidate 0\none\n--- candidate 1\ntwo\n"
+
+
+def test_progress_goes_to_standard_error(cli, server):
+    queued = pb.GenerateChunk(progress=pb.Progress(stage=pb.Progress.STAGE_QUEUED, position=3, eta_ms=2500))
+    server.script("GenerateStream", [queued, *chunks_of("a", "b")])
+    done = cli("generate", "x", "--progress", "--max-ttft-ms", "900")
+    assert (done.stdout, done.stderr) == ("ab\n", "(queued behind 3, 2.5 s to go)\n")
+    assert (server.requests[0].progress, server.requests[0].max_ttft_ms) == (True, 900)
+
+
+def test_the_token_of_the_environment_goes_along(cli, server, monkeypatch):
+    shown = []
+
+    def answer(request, context):
+        shown.append(dict(context.invocation_metadata()).get("authorization"))
+        return response_of("x")
+
+    server.script("Generate", answer)
+    monkeypatch.setenv("CLUSTER_TOKEN", "secret")
+    assert cli("generate", "x", "--no-stream").returncode == 0
+    assert shown == ["Bearer secret"]
+    away = cli("generate", "x", address="192.0.2.1:50051")
+    assert away.returncode == 1
+    assert "unencrypted" in away.stderr and "secret" not in away.stderr
+
+
+def test_a_certificate_that_cannot_be_read_is_told(cli):
+    done = cli("models", "--ca-file", "/nowhere/ca.pem")
+    assert (done.returncode, done.stderr) == (1, "error: cannot read /nowhere/ca.pem: No such file or directory\n")

@@ -25,6 +25,7 @@ def test_nothing_came_so_the_request_goes_as_it_was():
 def test_what_came_goes_along():
     request, received = create_received(n=3)
     first, second, _ = chunks_of("ab", "cd", "ef", seed=2**64 - 1)
+    first.fingerprint, second.fingerprint = b"one", b"another"
     received.add(first)
     received.add(second)
     other = pb.GenerateChunk(generation_id="gen-1", sequence=2, candidate_index=2, token_ids=[4, 5], text_delta="x")
@@ -35,6 +36,7 @@ def test_what_came_goes_along():
         generation_id="gen-1",
         seed=2**64 - 1,
         sequence=3,
+        fingerprint=b"another",
         candidates=[
             pb.ResumedCandidate(index=0, token_ids=[0, 1]),
             pb.ResumedCandidate(index=2, token_ids=[4, 5], finish_reason=pb.FINISH_REASON_LENGTH),
