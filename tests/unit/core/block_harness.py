@@ -47,6 +47,7 @@ class BlockHarness:
         self.slots: list[list[Key]] = [[None] * block_size for _ in range(num_blocks)]
         self.found: dict[bytes, int] = {}  # hash -> block
         self.parents: dict[bytes, bytes | None] = {}
+        self.told: set[int] = set()  # names of what can be found, as they were told of
         self.num_hits = self.num_evictions = self.num_late = 0
 
     @property
@@ -164,6 +165,16 @@ class BlockHarness:
         for block_hash in self.found:
             parent = self.parents[block_hash]
             assert parent is None or parent in self.found, "a chain is broken"
+
+    def listen(self) -> None:
+        """Hears what has changed in the cache since the last time."""
+        changes = self.blocks.take_cache_changes()
+        assert not self.told & set(changes.added), "a block came that was there"
+        assert set(changes.removed) <= self.told, "a block went that was not there, or only came now"
+        self.told = (self.told | set(changes.added)) - set(changes.removed)
+        assert self.told == {int.from_bytes(block_hash[:8], "big") for block_hash in self.found}, (
+            "what can be found is not what was told"
+        )
 
     def _create(self, token_ids: list[int], salt: bytes, table: list[int]) -> Holder:
         keys: list[Key] = []

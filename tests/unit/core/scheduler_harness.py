@@ -145,12 +145,15 @@ class SchedulerHarness:
         own: int | None = None,
         num_copied_tokens: int = 0,
         n: int = 1,
+        num_emitted_tokens: int = 0,
     ) -> int:
         """Counts beyond the pool are cut to what fits. ``prompt`` None: nothing is shared with others. The last
-        ``num_copied_tokens`` of the prompt are what ``own`` samples. Returns the first of ``n`` ids, which follow each
-        other."""
+        ``num_copied_tokens`` of the prompt are what ``own`` samples. Another scheduler has sampled the first
+        ``num_emitted_tokens``. Returns the first of ``n`` ids, which follow each other."""
         num_prompt_tokens = min(num_prompt_tokens, self.capacity)
         max_tokens = min(max_tokens, self.capacity - num_prompt_tokens + 1)
+        num_emitted_tokens = min(num_emitted_tokens, max_tokens - 1)
+        num_known_tokens = num_prompt_tokens + num_emitted_tokens
         first = self._num_added
         siblings = Siblings(list(range(first, first + n)))
         for request_id in siblings.request_ids:
@@ -164,13 +167,20 @@ class SchedulerHarness:
                 request_id=request_id,
                 num_prompt_tokens=num_prompt_tokens,
                 max_tokens=max_tokens,
+                num_emitted_tokens=num_emitted_tokens,
                 priority=priority,
                 arrival=self.now,
                 deadline=deadline,
-                block_hashes=() if prompt is None else tuple(self._hashes(chain[:num_prompt_tokens])),
+                block_hashes=() if prompt is None else tuple(self._hashes(chain[:num_known_tokens])),
                 group=first if n > 1 else None,
             )
-            entry = Entry(request, chain, siblings, num_hashes=len(request.block_hashes))
+            entry = Entry(
+                request,
+                chain,
+                siblings,
+                num_output_tokens=num_emitted_tokens,
+                num_hashes=len(request.block_hashes),
+            )
             self.live[request_id] = entry
         self._num_added += n
         self.scheduler.add(*(self.live[request_id].request for request_id in siblings.request_ids))

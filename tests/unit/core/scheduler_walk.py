@@ -66,6 +66,7 @@ def act(harness: SchedulerHarness, rng: random.Random) -> None:
             prompt=rng.choice((None, 1, 2)),
             own=rng.choice((None, 0)),
             n=rng.choice((1, 1, 1, 2, 4)),
+            num_emitted_tokens=rng.randint(1, 24) if rng.random() < 0.15 else 0,
         )
     elif draw < 0.29:
         harness.cancel(rng.randint(0, len(harness.live) + len(harness.ended)))
@@ -106,6 +107,7 @@ class SchedulerMachine(RuleBasedStateMachine):
         prompt=st.none() | st.integers(1, 2),
         own=st.none() | st.just(0),
         n=st.integers(1, 3),
+        num_emitted_tokens=st.integers(0, 7),
     )
     def add(
         self,
@@ -116,9 +118,19 @@ class SchedulerMachine(RuleBasedStateMachine):
         prompt: int | None,
         own: int | None,
         n: int,
+        num_emitted_tokens: int,
     ) -> None:
         deadline = None if patience_s is None else self.harness.now + patience_s
-        self.harness.add(num_prompt_tokens, max_tokens, priority, deadline=deadline, prompt=prompt, own=own, n=n)
+        self.harness.add(
+            num_prompt_tokens,
+            max_tokens,
+            priority,
+            deadline=deadline,
+            prompt=prompt,
+            own=own,
+            n=n,
+            num_emitted_tokens=num_emitted_tokens,
+        )
 
     @rule(request_id=st.integers(0, 20))
     def cancel(self, request_id: int) -> None:

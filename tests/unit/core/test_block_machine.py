@@ -9,6 +9,7 @@ from __future__ import annotations
 import os
 import random
 from collections.abc import Sequence
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
@@ -22,6 +23,7 @@ from cluster.core.block_hash import block_hashes
 from cluster.core.block_manager import BlockManager, Fork, Start
 from cluster.core.cached_block import CachedBlock
 from cluster.core.eviction_queue import EvictionQueue
+from cluster.core.prefix_cache import CacheChanges
 
 LENGTH = 10 if os.environ.get("CLUSTER_TEST_FULL") == "1" else 1
 WALKS = 9
@@ -69,6 +71,8 @@ def walk(seed: int, num_steps: int, **broken: Any) -> tuple[int, int, int]:
             harness = BlockHarness(rng.randint(1, 20), rng.choice((1, 2, 3, 4)), **broken)
         act(harness, rng)
         harness.check()
+        if step % 7 == 0:
+            harness.listen()
         if step % 500 == 499:
             totals = (
                 totals[0] + harness.num_hits, totals[1] + harness.num_evictions, totals[2] + harness.num_late
@@ -137,6 +141,7 @@ class BlockMachine(RuleBasedStateMachine):
     @rule(request_id=st.integers(0, 5))
     def free(self, request_id: int) -> None:
         self.harness.free(request_id)
+        self.harness.listen()
 
     @invariant()
     def books_balance(self) -> None:
@@ -266,6 +271,21 @@ class Wasting(BlockManager):
         return super()._take(num_blocks)
 
 
+class Discreet(BlockManager):
+    """Does not tell of what it gives up."""
+
+    def take_cache_changes(self) -> CacheChanges:
+        return replace(super().take_cache_changes(), removed=())
+
+
+class Repeating(BlockManager):
+    """Tells of everything again."""
+
+    def take_cache_changes(self) -> CacheChanges:
+        self._cache._added |= dict.fromkeys(self._cache._by_hash)
+        return super().take_cache_changes()
+
+
 def create_felling(num_blocks: int, block_size: int) -> BlockManager:
     return BlockManager(num_blocks, block_size, Felling(num_blocks))
 
@@ -295,6 +315,8 @@ BROKEN: dict[str, tuple[dict[str, Any], str]] = {
     "finds what is gone": ({"create": Stale}, "miscounts"),
     "breaks chains": ({"create": create_felling}, "a chain is broken|miscounted its children"),
     "wastes": ({"create": Wasting}, "while there were empty ones"),
+    "does not tell what went": ({"create": Discreet}, "not what was told"),
+    "tells twice": ({"create": Repeating}, "that was there"),
     "knows no salt": ({"name": name_without_salt}, "is another's"),
     "knows no chain": ({"name": name_without_chain}, "is another's|its parent is not"),
 }

@@ -189,6 +189,16 @@ class HoardingBatch(RunningBatch):
         self._parking.release(tracked.request.request_id)
 
 
+class ShortForkBatch(RunningBatch):
+    """Gives a sibling blocks of the prompt alone, whatever it has emitted elsewhere."""
+
+    def _fork(self, plan: StepPlan, tracked: TrackedRequest) -> tuple[tuple[int, ...], int] | None:
+        num_tokens, tracked.num_tokens = tracked.num_tokens, tracked.request.num_prompt_tokens
+        forked = super()._fork(plan, tracked)
+        tracked.num_tokens = num_tokens
+        return forked
+
+
 class TroublesomeBatch(RunningBatch):
     """Finds the most urgent to go for a P0."""
 
@@ -285,7 +295,7 @@ BROKEN: dict[str, tuple[dict[str, Any], str]] = {
     "commits too early": ({"create_block_manager": EagerBlockManager}, "attends to other tokens than its own"),
     "robs a held block": (
         {"create_block_manager": RobbingBlockManager},
-        "attends to other tokens than its own|not the total",
+        "attends to other tokens than its own|not the total|not all others are free",
     ),
     "forks without a copy": ({"create_block_manager": SharingForkBlockManager}, "attends to other tokens than its own"),
     "resumes in disorder": ({"create": ShufflingScheduler}, "attends to other tokens than its own"),
@@ -294,6 +304,10 @@ BROKEN: dict[str, tuple[dict[str, Any], str]] = {
         "computed tokens in|computed tokens do not continue|queued tokens",
     ),
     "parks for ever": ({"create": partial(SchedulerOf, HoardingBatch)}, "parked for ever|more is parked"),
+    "forks too few blocks": (
+        {"create": partial(SchedulerOf, ShortForkBatch)},
+        "too few blocks|computed tokens in",
+    ),
     "preempts the urgent": ({"create": partial(SchedulerOf, TroublesomeBatch)}, "passed over|but not running"),
     "orphans siblings": (
         {"create": OrphaningScheduler},
