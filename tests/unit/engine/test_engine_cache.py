@@ -6,9 +6,11 @@ import random
 from typing import Any
 
 import pytest
-from engine_setup import Results, create_engine, create_submission, expected_tokens, run
+from engine_setup import Clock, Results, create_engine, create_submission, expected_tokens, run
 from fakes import FakeExecutor
 
+from cluster.core.block_hash import block_hashes
+from cluster.core.prefix_cache import CacheChanges
 from cluster.core.request import Priority
 from cluster.engine.engine import Engine
 
@@ -189,3 +191,45 @@ def test_tokens_do_not_depend_on_what_is_cached(num_blocks: int, max_in_flight: 
             assert tokens == expected[: len(tokens)]
             hits += any(delta.cached_tokens for delta in results.deltas.get((submission_id, index), []))
     assert hits > 10
+
+
+def test_what_can_be_found_is_told_step_by_step():
+    engine = create_engine(FakeExecutor(num_blocks=6))
+    found: set[int] = set()
+    for submission_id in range(8):
+        prompt = [7 + submission_id % 3] * 9
+        engine.add(create_submission(submission_id, prompt, max_tokens=5))
+        while engine.has_work:
+            changes = engine.step().cache_changes
+            assert not found & set(changes.added) and set(changes.removed) <= found
+            found = (found | set(changes.added)) - set(changes.removed)
+    # The last one computed 13 tokens, in 3 full blocks and another, for which the one before it has lost its third.
+    names = [
+        int.from_bytes(name[:8], "big")
+        for first, num_blocks in ((7, 2), (8, 3))
+        for name in block_hashes([first] * 9 + expected_tokens(9, 4), 4)[:num_blocks]
+    ]
+    assert found == set(names)
+
+
+def test_without_a_prefix_cache_there_is_nothing_to_tell():
+    engine = create_engine(prefix_cache=False)
+    engine.add(create_submission(0, [7] * 9))
+    assert engine.step().cache_changes == CacheChanges()
+
+
+def test_the_load_tells_how_fast_steps_are():
+    clock = Clock()
+
+    class Slow(FakeExecutor):
+        def collect(self):
+            clock.now += 0.02
+            return super().collect()
+
+    engine = create_engine(Slow(), clock=clock)
+    assert (engine.load().step_s, engine.load().prompt_token_s, engine.load().tokens_per_s) == (0, 0, 0)
+    engine.add(create_submission(0, max_tokens=40))
+    run(engine)
+    assert engine.load().step_s == pytest.approx(0.02, rel=0.05)
+    assert engine.load().prompt_token_s > 0
+    assert engine.load().tokens_per_s == pytest.approx(50, rel=0.1)
