@@ -10,7 +10,7 @@ from operator import attrgetter
 from cluster.core.request import Priority
 
 _DUE_KEY = attrgetter("due_key")
-_NUM_KEPT = 64
+_MIN_SWEEP = 64
 
 
 @dataclass(eq=False, kw_only=True, slots=True)
@@ -87,6 +87,7 @@ class FairQueue:
         self._virtual_time = 0.0
         self._num_ready = 0
         self._num_tokens = 0
+        self._num_removed = 0  # since tenants that are gone were forgotten
 
     def __len__(self) -> int:
         return len(self._requests)
@@ -170,7 +171,11 @@ class FairQueue:
             # Nobody waits: what was had before gives nobody a claim any more.
             self._accounts.clear()
             self._virtual_time = 0.0
-        elif not account and len(self._accounts) > 2 * len(self._requests) + _NUM_KEPT:
+            self._num_removed = 0
+            return
+        self._num_removed += 1
+        if self._num_removed > len(self._accounts) + _MIN_SWEEP:
+            self._num_removed = 0
             self._accounts = {
                 name: account
                 for name, account in self._accounts.items()

@@ -8,7 +8,7 @@ _FIRST_BYTES_PER_TOKEN = 4.0
 _FIRST_COMPLETION_TOKENS = 256.0
 _MIN_BYTES = 64
 _SMOOTHING = 0.02
-_NUM_DEVIATIONS = 2.0
+_NUM_DEVIATIONS = 2.5
 
 
 class BytesPerToken:
@@ -24,7 +24,7 @@ class BytesPerToken:
 
     @property
     def bound(self) -> float:
-        """Two usual deviations above the mean, both of the logarithm."""
+        """Well above the mean of its logarithm, by what is usual to differ from that."""
         return math.exp(self._mean + _NUM_DEVIATIONS * self._deviation)
 
     def num_tokens(self, num_bytes: int) -> int:

@@ -129,6 +129,53 @@ def test_an_overdue_class_goes_before_all_others():
     assert policy.pick({P0: 0.0, P3: 0.0}) is P3
 
 
+def test_a_refund_takes_back_a_charge():
+    policy = create_policy()
+    policy.charge(P0, 20, {P0, P3})
+    before = [policy.balance(priority) for priority in (P0, P3)]
+    policy.charge(P0, 50, {P0, P3})
+    policy.refund(P0, 50, {P0, P3})
+    assert [policy.balance(priority) for priority in (P0, P3)] == pytest.approx(before)
+
+
+def test_a_refund_gives_nobody_a_debt_or_savings():
+    policy = create_policy()
+    policy.charge(P0, 50, {P0})  # nobody else waits, nobody earns
+    policy.refund(P0, 50, {P0})
+    assert all(policy.balance(priority) == 0.0 for priority in (P1, P2, P3))
+    assert policy.balance(P0) == pytest.approx(0.0)
+    policy.refund(P0, 10_000, ())
+    assert all(policy.balance(priority) <= 0.0 for priority in Priority)
+    policy.refund(P0, 10_000, Priority)
+    assert policy.balance(P0) == BURST
+
+
+@pytest.mark.parametrize("delay", [0, 1, 20])
+def test_shares_are_by_what_was_used_whenever_refunds_come(delay: int):
+    policy = create_policy()
+    used: Counter[Priority] = Counter()
+    to_refund: list[tuple[Priority, int]] = []
+    for _ in range(20_000):
+        priority = policy.pick(dict.fromkeys(Priority, 0.0))
+        num_used = {P0: 5, P1: 10, P2: 1, P3: 7}[priority]
+        policy.charge(priority, 10, Priority)
+        to_refund.append((priority, 10 - num_used))
+        used[priority] += num_used
+        if len(to_refund) > delay:
+            policy.refund(*to_refund.pop(0), Priority)
+    assert [used[priority] / used.total() for priority in Priority] == pytest.approx([0.4, 0.3, 0.2, 0.1], abs=0.01)
+
+
+def test_without_refunds_shares_would_be_by_what_was_asked_for():
+    policy = create_policy()
+    used: Counter[Priority] = Counter()
+    for _ in range(20_000):
+        priority = policy.pick(dict.fromkeys(Priority, 0.0))
+        policy.charge(priority, 10, Priority)
+        used[priority] += {P0: 5, P1: 10, P2: 1, P3: 7}[priority]
+    assert used[P1] / used.total() > 0.4
+
+
 @given(
     rounds=st.lists(st.tuples(st.sets(st.sampled_from([P0, P1, P2])), st.integers(1, 200)), min_size=50, max_size=300)
 )
