@@ -37,7 +37,7 @@ _COMMANDS = {
     "models": _Entry(module="cluster.cli.models", function="models", help="List the models that a server has."),
     "status": _Entry(module="cluster.cli.status", function="status", help="Show a server's health and its replicas."),
     "plan": _Entry(module="cluster.cli.plan", function="plan", help="Say which devices hold a model."),
-    "bench": _Entry(module="cluster.cli.bench", function="app", help="Measure the engine on this machine."),
+    "bench": _Entry(module="cluster.cli.bench", function="app", help="Measure an engine here, or a server."),
 }
 
 _EPILOGUE = """\
