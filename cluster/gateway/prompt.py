@@ -42,6 +42,23 @@ async def tokenize(
     return token_ids
 
 
+def input_size(request: inference_pb2.GenerateRequest, *, max_prompt_bytes: int) -> tuple[int, int | None]:
+    """How much there is to tokenize: bytes of text, and the number of tokens where they are given.
+
+    Raises:
+        InvalidRequest: it is too large.
+    """
+    kind = request.WhichOneof("input")
+    if kind == "token_ids":
+        return 0, len(request.token_ids.ids)
+    if kind == "chat":
+        num_bytes = sum(len(part.text.encode()) for message in request.chat.messages for part in message.content)
+    else:
+        num_bytes = len(request.prompt.encode())
+    _check_size(num_bytes, max_prompt_bytes, kind or "input")
+    return num_bytes, None
+
+
 def check_tokens(token_ids: Sequence[int], *, field: str, max_model_len: int, vocab_size: int) -> None:
     """Raises InvalidRequest where the model cannot take these ids; ``field`` is where in the request they came from."""
     if len(token_ids) >= max_model_len:
