@@ -134,17 +134,6 @@ async def test_a_slow_reader_is_cut_off_and_others_are_not(create_setup: CreateS
     await channel.close()
 
 
-async def test_a_replica_lost_after_the_first_token(create_setup: CreateSetup) -> None:
-    setup = await create_setup(FakeReplica(gated=True))
-    stream = setup.stub.GenerateStream(request())
-    await first_chunk(setup, stream)
-    await setup.replica.stop()
-    end = await failure(collect(stream))
-    assert (end.code, end.reason) == (grpc.StatusCode.ABORTED, "REPLICA_LOST")
-    await setup.wait_states("test", CONNECTING)
-    assert (await failure(setup.stub.Generate(request()))).reason == "MODEL_WARMING"
-
-
 async def test_a_replica_lost_before_the_first_token_is_replaced(create_setup: CreateSetup) -> None:
     first, second = FakeReplica(gated=True), FakeReplica(replica_id="replica-1", gated=True)
     setup = await create_setup(first, second)
@@ -167,21 +156,6 @@ async def three_replicas(create_setup: CreateSetup) -> tuple[Setup, list[FakeRep
     setup = await create_setup(*replicas)
     await setup.wait_states("test", READY, READY, READY)
     return setup, replicas
-
-
-async def test_a_request_that_kills_replicas_does_not_go_round_them_all(create_setup: CreateSetup) -> None:
-    setup, replicas = await three_replicas(create_setup)
-    call = asyncio.ensure_future(failure(setup.stub.Generate(request())))
-    for num_submits in (1, 2):
-        async with asyncio.timeout(10):
-            while sum(len(replica.submits) for replica in replicas) < num_submits:
-                await setup.model()
-        dying = next(replica for replica in replicas if replica.running)
-        await dying.stop()
-        await dying.until(lambda dying=dying: not dying.running)
-    end = await asyncio.wait_for(call, 10)
-    assert (end.code, end.reason) == (grpc.StatusCode.ABORTED, "REPLICA_LOST")
-    assert sorted(len(replica.submits) for replica in replicas) == [0, 1, 1]
 
 
 async def test_an_engine_that_fails_before_the_first_token_is_replaced_once(create_setup: CreateSetup) -> None:
@@ -220,29 +194,6 @@ async def test_an_engine_that_fails_after_the_first_token_says_why(create_setup:
     assert not other.submits
 
 
-@pytest.mark.parametrize("streams", [False, True])
-async def test_a_request_that_has_sent_nothing_waits_for_the_rebuilt_replica(
-    create_setup: CreateSetup, streams: bool
-) -> None:
-    setup = await create_setup(FakeReplica(gated=True))
-    stub = setup.stub
-    call = asyncio.ensure_future(collect(stub.GenerateStream(request())) if streams else stub.Generate(request()))
-    await setup.replica.until(lambda: setup.replica.running)
-    if not streams:  # tokens that the client has not seen may come again
-        await setup.replica.allow(2)
-    await setup.replica.stop()
-    await setup.wait_states("test", CONNECTING)
-    assert not call.done()
-    setup.replica.submits.clear()
-    await setup.replica.start()
-    await setup.replica.until(lambda: setup.replica.running)
-    await setup.replica.allow(1000)
-    result = await call
-    chunks = result if streams else result.candidates
-    assert [token for chunk in chunks for token in chunk.token_ids] == letters(setup.replica.submits[0], 0)
-    assert setup.metrics.outcomes() == ["OK"]
-
-
 async def test_waiting_for_a_replica_ends_with_the_deadline_or_the_client(create_setup: CreateSetup) -> None:
     setup = await create_setup(FakeReplica(gated=True), default_deadline_s=1.0)
     late = asyncio.ensure_future(failure(setup.stub.Generate(request())))
@@ -274,26 +225,6 @@ async def test_a_dying_engine_hands_back_what_another_takes_over(create_setup: C
     assert setup.metrics.outcomes() == ["OK"] * 6
 
 
-async def test_a_dying_engine_ends_what_the_client_has_a_part_of(create_setup: CreateSetup) -> None:
-    first, second = FakeReplica(gated=True), FakeReplica(replica_id="replica-1", gated=True)
-    setup = await create_setup(first, second)
-    await setup.wait_states("test", READY, READY)
-    stream = setup.stub.GenerateStream(request())
-    async with asyncio.timeout(10):
-        while not (first.running or second.running):
-            await setup.model()
-    dying, other = (first, second) if first.running else (second, first)
-    await dying.allow(3)
-    received = 0
-    while received < 3:
-        received += len((await anext(aiter(stream))).token_ids)
-    await dying.hand_back("rank 1 was killed")
-    end = await failure(collect(stream))
-    assert (end.code, end.reason) == (grpc.StatusCode.ABORTED, "REPLICA_LOST")
-    assert "after 3 tokens had been sent" in end.message and "rank 1 was killed" in end.message
-    assert not other.submits
-
-
 async def test_a_replica_that_comes_back_is_used_again(create_setup: CreateSetup) -> None:
     setup = await create_setup(FakeReplica())
     await setup.stub.Generate(request())
@@ -322,6 +253,8 @@ async def test_a_draining_replica_finishes_what_it_has(create_setup: CreateSetup
     await first_chunk(setup, stream)
     await setup.replica.drain()
     await setup.wait_states("test", DRAINING)
-    assert (await failure(setup.stub.Generate(request()))).code == grpc.StatusCode.UNAVAILABLE
+    late = await failure(setup.stub.Generate(request(), timeout=0.1))
+    assert late.code == grpc.StatusCode.DEADLINE_EXCEEDED
+    assert len(setup.replica.submits) == 1
     await setup.replica.allow(4)
     assert (await collect(stream))[-1].finish_reason == pb.FINISH_REASON_LENGTH
