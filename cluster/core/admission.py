@@ -74,7 +74,7 @@ class AdmissionQueue:
         self._num_added = 0
 
     def __len__(self) -> int:
-        return sum(len(queue) for queue in self._queues.values())
+        return sum(queue.num_requests for queue in self._queues.values())
 
     @property
     def num_ready(self) -> int:
@@ -85,7 +85,7 @@ class AdmissionQueue:
         """What waits, by class."""
         return {
             priority: ClassBacklog(
-                requests=len(queue),
+                requests=queue.num_requests,
                 tokens=queue.num_tokens,
                 oldest_s=0.0 if queue.oldest_arrival is None else max(0.0, now - queue.oldest_arrival),
             )
@@ -191,6 +191,8 @@ class AdmissionQueue:
 
     def wait_s(self, request: QueuedRequest) -> float | None:
         """How long one that waits has to wait yet, as things stand; None: not known."""
+        if len(self) == 1:
+            return 0.0
         forecast = self._forecast(request)
         return None if forecast is None else forecast[0]
 
@@ -200,7 +202,7 @@ class AdmissionQueue:
         if forecast is None:
             return 0
         return sum(
-            round(len(self._queues[priority]) * served / self._queues[priority].num_tokens)
+            round(self._queues[priority].num_requests * served / self._queues[priority].num_tokens)
             for priority, served in forecast[1].items()
             if self._queues[priority].num_tokens
         )
@@ -249,7 +251,7 @@ class AdmissionQueue:
     def _overloaded(self, priority: Priority) -> Overloaded:
         queue, retry_after_s = self._queues[priority], self.retry_after_s(priority)
         return Overloaded(
-            f"too much waits at this gateway: of class {priority.name} {len(queue)} requests with {queue.num_tokens} "
-            f"tokens, of all classes {len(self)} requests; come back in {retry_after_s:.2f} s",
+            f"too much waits at this gateway: of class {priority.name} {queue.num_requests} requests with "
+            f"{queue.num_tokens} tokens, of all classes {len(self)} requests; come back in {retry_after_s:.2f} s",
             retry_after_s=retry_after_s,
         )

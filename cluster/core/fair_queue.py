@@ -66,10 +66,9 @@ class TenantAccount:
         return len(self.ready) + len(self.unready)
 
     def num_tokens_before(self, request: QueuedRequest) -> int:
-        """Of its requests, those that are due before this one."""
+        """Of its requests, those that are due before this one; of one that nobody ready is due after, all others."""
         if not self.ready or request.due_key >= self.ready[-1].due_key:
-            before = self.num_tokens - sum(r.num_tokens for r in self.unready if r.due_key >= request.due_key)
-            return before - (request.num_tokens if request.is_ready else 0)
+            return self.num_tokens - request.num_tokens
         return sum(r.num_tokens for r in (*self.ready, *self.unready) if r.due_key < request.due_key)
 
 
@@ -79,28 +78,21 @@ class FairQueue:
     nothing up. What it did not use of a turn, it gets back.
 
     Requests come in before they may have their turn, so that they are counted from the beginning.
+
+    Attributes:
+        num_requests: that are here.
+        num_tokens: theirs.
+        num_ready: of the requests, those that may have their turn.
     """
 
     def __init__(self) -> None:
         self._accounts: dict[str, TenantAccount] = {}
         self._requests: dict[QueuedRequest, None] = {}
         self._virtual_time = 0.0
-        self._num_ready = 0
-        self._num_tokens = 0
+        self.num_requests = 0
+        self.num_ready = 0
+        self.num_tokens = 0
         self._num_removed = 0  # since tenants that are gone were forgotten
-
-    def __len__(self) -> int:
-        return len(self._requests)
-
-    @property
-    def num_ready(self) -> int:
-        """Requests that may have their turn."""
-        return self._num_ready
-
-    @property
-    def num_tokens(self) -> int:
-        """Of all requests."""
-        return self._num_tokens
 
     @property
     def oldest_arrival(self) -> float | None:
@@ -120,14 +112,15 @@ class FairQueue:
         account.unready[request] = None
         account.num_tokens += request.num_tokens
         self._requests[request] = None
-        self._num_tokens += request.num_tokens
+        self.num_requests += 1
+        self.num_tokens += request.num_tokens
 
     def resize(self, request: QueuedRequest, num_tokens: int) -> None:
         """Another number of tokens of one that is here."""
         change = num_tokens - request.num_tokens
         request.num_tokens = num_tokens
         self._account(request).num_tokens += change
-        self._num_tokens += change
+        self.num_tokens += change
 
     def make_ready(self, request: QueuedRequest) -> None:
         """From now on it may have its turn."""
@@ -135,7 +128,7 @@ class FairQueue:
         del account.unready[request]
         bisect.insort(account.ready, request, key=_DUE_KEY)
         request.is_ready = True
-        self._num_ready += 1
+        self.num_ready += 1
 
     def head(self) -> QueuedRequest | None:
         """Whose turn is next; None: nobody's who may have it."""
@@ -160,12 +153,13 @@ class FairQueue:
         account = self._account(request)
         if request.is_ready:
             del account.ready[bisect.bisect_left(account.ready, request.due_key, key=_DUE_KEY)]
-            self._num_ready -= 1
+            self.num_ready -= 1
         else:
             del account.unready[request]
         account.num_tokens -= request.num_tokens
         del self._requests[request]
-        self._num_tokens -= request.num_tokens
+        self.num_requests -= 1
+        self.num_tokens -= request.num_tokens
         request.is_queued = False
         if not self._requests:
             # Nobody waits: what was had before gives nobody a claim any more.
@@ -220,10 +214,12 @@ class FairQueue:
         ]
         if set(requests) != set(self._requests) or not all(r.is_queued for r in requests):
             raise RuntimeError("the tenants' queues and the class's differ")
-        if self._num_tokens != sum(r.num_tokens for r in requests):
-            raise RuntimeError(f"{self._num_tokens} tokens were counted, and they are not there")
-        if self._num_ready != sum(r.is_ready for r in requests):
-            raise RuntimeError(f"{self._num_ready} requests were counted as ready, and they are not there")
+        if self.num_requests != len(self._requests):
+            raise RuntimeError(f"{self.num_requests} requests were counted, and they are not there")
+        if self.num_tokens != sum(r.num_tokens for r in requests):
+            raise RuntimeError(f"{self.num_tokens} tokens were counted, and they are not there")
+        if self.num_ready != sum(r.is_ready for r in requests):
+            raise RuntimeError(f"{self.num_ready} requests were counted as ready, and they are not there")
         for account in self._accounts.values():
             if account.num_tokens != sum(r.num_tokens for r in (*account.ready, *account.unready)):
                 raise RuntimeError("a tenant's tokens were counted, and they are not there")

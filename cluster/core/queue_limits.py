@@ -46,7 +46,9 @@ class QueueLimits:
     def make_room(self, priority: Priority, tenant: str, size: _Size) -> list[QueuedRequest] | None:
         """Takes out who has to go so that a tenant's requests of a class may grow by ``size``, requests and tokens;
         None: there is no room, and nobody goes."""
-        resources = (0,) if len(self._queues[priority]) + size[0] <= 1 else (0, 1)
+        resources = (0,) if self._queues[priority].num_requests + size[0] <= 1 else (0, 1)
+        if all(self._has_room(priority, size, resource) for resource in resources):
+            return []
         if not all(self._can_make_room(priority, tenant, size, resource) for resource in resources):
             return None
         removed: list[QueuedRequest] = []
@@ -58,18 +60,19 @@ class QueueLimits:
                 removed.append(self._remove(max(spare, default=priority), resource))
         return removed
 
+    def _has_room(self, priority: Priority, size: _Size, resource: int) -> bool:
+        return self._own_excess(priority, size, resource) <= 0 and self._whole_excess(size, resource) <= 0
+
     def _can_make_room(self, priority: Priority, tenant: str, size: _Size, resource: int) -> bool:
         own_excess = self._own_excess(priority, size, resource)
         whole_excess = self._whole_excess(size, resource)
-        if own_excess <= 0 and whole_excess <= 0:
-            return True
         of_own = self._queues[priority].num_removable(tenant, size)[resource]
         of_others = sum(self._spare(priority, size, resource).values())
         return own_excess <= of_own and whole_excess <= of_own + of_others
 
     def _held(self, priority: Priority, resource: int) -> int:
         queue = self._queues[priority]
-        return queue.num_tokens if resource else len(queue)
+        return queue.num_tokens if resource else queue.num_requests
 
     def _own_excess(self, priority: Priority, size: _Size, resource: int) -> int:
         """By how much the class would be beyond its own bound."""
@@ -77,7 +80,10 @@ class QueueLimits:
 
     def _whole_excess(self, size: _Size, resource: int) -> int:
         """By how much all classes together would be beyond theirs."""
-        return sum(self._held(each, resource) for each in Priority) + size[resource] - self._whole[resource]
+        held = 0
+        for queue in self._queues.values():
+            held += queue.num_tokens if resource else queue.num_requests
+        return held + size[resource] - self._whole[resource]
 
     def _spare(self, priority: Priority, size: _Size, resource: int) -> dict[Priority, int]:
         """What other classes have beyond their shares that this one may take."""

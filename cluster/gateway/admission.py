@@ -160,11 +160,9 @@ class Admission:
         within_s = min(request.arrival + ticket.max_ttft_s, ticket.deadline) - now
         if math.isinf(within_s):
             return
-        wait_s = self._queue.wait_s(request)
-        replica_s = self._replicas.predicted_ttft_s(placement)
-        if wait_s is None and replica_s is None:
-            return
-        predicted_s = (wait_s or 0.0) + (replica_s or 0.0)
+        predicted_s = self._queue.wait_s(request) or 0.0
+        if math.isfinite(ticket.max_ttft_s):
+            predicted_s += self._replicas.predicted_ttft_s(placement) or 0.0
         if predicted_s > within_s:
             retry_after_s = max(predicted_s - within_s, 0.05)
             raise Overloaded(

@@ -48,13 +48,13 @@ def test_the_earliest_deadline_goes_first_and_equal_ones_in_the_order_they_came(
     harness = Harness()
     late, early, also_early = harness.add(due=2.0), harness.add(due=1.0), harness.add(due=1.0)
     assert harness.take_all() == [early, also_early, late]
-    assert len(harness.queue) == harness.queue.num_tokens == 0
+    assert harness.queue.num_requests == harness.queue.num_tokens == 0
 
 
 def test_who_is_not_ready_is_counted_and_passed_over():
     harness = Harness()
     first, second = harness.add(due=1.0, ready=False), harness.add(due=2.0)
-    assert (len(harness.queue), harness.queue.num_tokens, harness.queue.num_ready) == (2, 20, 1)
+    assert (harness.queue.num_requests, harness.queue.num_tokens, harness.queue.num_ready) == (2, 20, 1)
     assert harness.take() is second
     assert harness.queue.head() is None
     harness.queue.make_ready(first)
@@ -131,7 +131,7 @@ def test_tenants_that_are_gone_are_forgotten_while_others_wait():
         harness.add("stays", num_tokens=1)
     for _ in range(600):
         harness.take()
-    assert len(harness.queue) == 100
+    assert harness.queue.num_requests == 100
     assert len(harness.queue._accounts) == 1
 
 
@@ -158,7 +158,7 @@ def test_removable_is_what_others_have_beyond_what_a_tenant_would_have():
 def test_tokens_that_go_first():
     harness = Harness()
     harness.add("a", num_tokens=30, due=1.0)
-    harness.add("a", num_tokens=30, due=9.0, ready=False)
+    harness.add("a", num_tokens=30, due=9.0)
     harness.add("b", num_tokens=500)
     harness.add("c", num_tokens=7)
     last = harness.add("a", num_tokens=10, due=5.0)
