@@ -211,6 +211,7 @@ def served(queue: AdmissionQueue, *, tokens_per_s: float, seconds: float = 20.0)
 
 def test_waits_are_forecast_by_the_measured_rate():
     queue = create_queue()
+    assert queue.wait_s(add(queue)) == 0.0
     assert queue.wait_s(add(queue)) is None
     take_all(queue)
     now = served(queue, tokens_per_s=100.0)
