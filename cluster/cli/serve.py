@@ -20,6 +20,7 @@ from cluster.client import Client
 from cluster.config import ClusterConfig, effective_config, load_config, parse_config
 from cluster.core.request import SamplingParams
 from cluster.errors import ConfigError
+from cluster.gateway.security_config import AuthConfig
 from cluster.observability.logging import configure_logging
 from cluster.serve.app import Cluster
 from cluster.serve.config import ModelConfig
@@ -211,6 +212,11 @@ def _token_hint() -> str:
 
 def _test_itself(cluster: Cluster, tree: ClusterConfig, as_json: bool) -> None:
     """One prompt through the front door, streamed."""
+    gateway = tree.gateway
+    if gateway.tls is not None or gateway.auth != AuthConfig():
+        reason = "no test of itself: it would take a caller's certificate or token"
+        print_json({"skipped": reason}) if as_json else print_text(f"\nserving ({reason})    Ctrl-C ends it\n")
+        return
     sampling = SamplingParams(max_tokens=_SELF_TEST_TOKENS, temperature=0.6, seed=2, stop=("\n\n",))
     with Client(cluster.address) as client:
         stream = client.stream(_SELF_TEST_PROMPT, sampling, model=tree.models[0].name)

@@ -66,12 +66,13 @@ class AdminServer:
         await self._server.stop(grace=None)
 
     def _bind(self, host: str, gateway_port: int) -> int:
-        """Where nobody has chosen a port: the next one, if it is free."""
-        if self._config.port != 0 and gateway_port < 65535:
+        """Where nobody has chosen a port: the next one that is not for a gateway, if it is free."""
+        port = gateway_port + self._config.replicas
+        if self._config.port != 0 and port <= 65535:
             try:
-                return self._bind_to(host, gateway_port + 1)
+                return self._bind_to(host, port)
             except ConfigError:
-                logger.warning("port %d is taken: the AdminService gets another (gateway.admin.port)", gateway_port + 1)
+                logger.warning("port %d is taken: the AdminService gets another (gateway.admin.port)", port)
         return self._bind_to(host, 0)
 
     def _bind_to(self, host: str, port: int) -> int:

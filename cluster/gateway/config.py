@@ -20,6 +20,8 @@ class GatewayConfig:
     Attributes:
         host: address to bind.
         port: gRPC port; 0 takes a free one.
+        replicas: how many gateways there are. Those that share a node take the ports after ``port``, and of HTTP and
+            administration those after theirs; clients are given all addresses.
         http_port: of OpenAI's API, health and metrics; 0 takes a free one, null turns HTTP off. Where the default is
             taken, a free one is used.
         routing: how requests are spread over a model's replicas.
@@ -43,6 +45,7 @@ class GatewayConfig:
 
     host: str = "127.0.0.1"
     port: int = 50051
+    replicas: int = 1
     http_port: int | None = DEFAULT_HTTP_PORT
     routing: RoutingConfig = field(default_factory=RoutingConfig)
     admission: AdmissionConfig = field(default_factory=AdmissionConfig)
@@ -67,6 +70,8 @@ class GatewayConfig:
         for name in names:
             require(names.count(name) == 1, "tenants", f"two are called {name!r}; put their limits together")
         require(0 <= self.port <= 65535, "port", "must be in [0, 65535]")
+        require(self.replicas >= 1, "replicas", "must be at least 1")
+        require(self.port + self.replicas <= 65536, "replicas", "would take ports beyond 65535: lower port")
         require(self.http_port is None or 0 <= self.http_port <= 65535, "http_port", "must be in [0, 65535], or null")
         require(bool(self.host), "host", "must name an address, such as 127.0.0.1")
         for name in ("default_deadline_s", "max_prompt_bytes", "max_message_bytes", "max_concurrent_streams"):

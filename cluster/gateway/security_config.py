@@ -104,7 +104,7 @@ class AdminConfig:
 
     Attributes:
         host: address to bind.
-        port: 0 takes a free one; unset: the one after gateway.port, or a free one where that is taken.
+        port: 0 takes a free one; unset: the one after the gateways' ports, or a free one where that is taken.
     """
 
     host: str = "127.0.0.1"

@@ -6,6 +6,10 @@ import ipaddress
 import socket
 
 from cluster.errors import ConfigError
+from cluster.gateway.listener import is_loopback
+from cluster.serve.gateway_ports import is_free
+
+_PORT_TRIES = 100
 
 
 def join_host_port(host: str, port: int) -> str:
@@ -25,28 +29,34 @@ def gateway_address(host: str, port: int, *, node_ip: str, own_ip: str) -> str:
     Raises:
         ConfigError: it listens on the loopback of another node.
     """
-    try:
-        bound = ipaddress.ip_address(host)
-    except ValueError:
-        loopback, every = host == "localhost", False
-    else:
-        loopback, every = bound.is_loopback, bound.is_unspecified
-    if loopback and node_ip != own_ip:
+    if is_loopback(host) and node_ip != own_ip:
         raise ConfigError(
             f"the gateway runs on {node_ip} and listens on {host} there, which nobody else reaches: set it to 0.0.0.0, "
             "or to that node's address",
             field="gateway.host",
         )
-    return join_host_port(node_ip if every else host, port)
+    return join_host_port(reachable_host(host, node_ip), port)
 
 
-def free_port(host: str) -> int:
-    """A port that nobody has on ``host``, as of now.
+def reachable_host(host: str, node_ip: str) -> str:
+    """What to call a host that binds ``host``: its node's address where that means all of them."""
+    try:
+        return node_ip if ipaddress.ip_address(host).is_unspecified else host
+    except ValueError:
+        return host
+
+
+def free_port(host: str, count: int = 1) -> int:
+    """The first of ``count`` ports in a row that nobody has on ``host``, as of now.
 
     Raises:
-        OSError: ``host`` is not this machine's.
+        OSError: ``host`` is not this machine's, or has no such row.
     """
-    family, kind, protocol, _, address = socket.getaddrinfo(host, 0, type=socket.SOCK_STREAM)[0]
-    with socket.socket(family, kind, protocol) as probe:
-        probe.bind(address)
-        return int(probe.getsockname()[1])
+    for _ in range(_PORT_TRIES):
+        family, kind, protocol, _, address = socket.getaddrinfo(host, 0, type=socket.SOCK_STREAM)[0]
+        with socket.socket(family, kind, protocol) as probe:
+            probe.bind(address)
+            port = int(probe.getsockname()[1])
+        if port + count <= 65536 and all(is_free(host, port + place) for place in range(1, count)):
+            return port
+    raise OSError(f"{host} has no {count} free ports in a row")

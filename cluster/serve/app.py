@@ -4,15 +4,13 @@ from __future__ import annotations
 
 import contextlib
 import logging
+import math
 import secrets
 import threading
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
-
-import grpc
-from grpc_health.v1 import health_pb2, health_pb2_grpc
 
 from cluster.config import ClusterConfig, parse_config
 from cluster.errors import ConfigError, EngineFault
@@ -75,7 +73,7 @@ class Cluster:
     ``start`` and ``stop`` belong on the main thread. After ``start``:
 
     Attributes:
-        address: ``"host:port"`` of the gateway.
+        address: ``"host:port"`` of the gateway; of several, all with commas.
         dashboard_url: of a Ray of our own; None without a dashboard, or where Ray was there before.
         replicas: what each replica told of itself: model, dtype, device, kv_capacity_tokens, ...
         notes: what turned out differently from what was asked, and what was decided where that was left open.
@@ -162,15 +160,18 @@ class Cluster:
         models, reasons = decide_models(self._config.models, nodes)
         self._reasons += reasons
         resources = [node.resources for node in nodes]
+        num_gateways = self._config.gateway.replicas
         if self._ray:
-            placements, gateway_cpus = place_locally(models, resources[0]), LOCAL_GATEWAY_CPUS
+            placements = place_locally(models, resources[0])
+            gateway_cpus = int(LOCAL_GATEWAY_CPUS / num_gateways * 1e4) / 1e4  # as Ray can count
             if self._config.gateway.port == 0:
                 # Chosen here, so that a gateway that is built again takes the same.
-                gateway = replace(self._config.gateway, port=free_port(self._config.gateway.host))
+                gateway = replace(self._config.gateway, port=free_port(self._config.gateway.host, num_gateways))
                 self._config = replace(self._config, gateway=gateway)
         else:
             self._find_serve()
-            placements, gateway_cpus = place_anywhere(models, resources), 1.0
+            placements = place_anywhere(models, resources, num_gateways=num_gateways)
+            gateway_cpus = 1.0
         serve.start(proxy_location="Disabled")
         self._enter("starting gateway and replicas")
         await_startup(self._start_id)
@@ -189,8 +190,6 @@ class Cluster:
             wait_for_applications_running=False,
         )
         self._await_ready()
-        self._enter("connecting the gateway to its replicas")
-        _await_serving(self.address)
         self._finish()
 
     def _join(self) -> None:
@@ -237,6 +236,7 @@ class Cluster:
 
         began = time.monotonic()
         checked = began
+        connected = math.inf  # from when every replica was there
         while True:
             states = list(read_startup(self._start_id).values())
             self._on_progress([self._own, *states])
@@ -250,13 +250,9 @@ class Cluster:
                 for model in self._config.models
                 if sum(facts["model"] == model.name for facts in self.replicas) < model.replicas
             ]
-            if gateways and not missing:
-                self.address = gateway_address(
-                    self._config.gateway.host,
-                    int(gateways[0]["port"]),
-                    node_ip=str(gateways[0]["node_ip"]),
-                    own_ip=ray.util.get_node_ip_address(),
-                )
+            if len(gateways) >= self._config.gateway.replicas and not missing:
+                own_ip = ray.util.get_node_ip_address()
+                self.address = ",".join(sorted(self._address_of(gateway, own_ip) for gateway in gateways))
                 forget_startup(self._start_id)
                 return
             now = time.monotonic()
@@ -265,10 +261,18 @@ class Cluster:
                     raise EngineFault(
                         f"model {model.name!r} was not ready after {model.startup_timeout_s:g} s (startup_timeout_s)"
                     )
+            connected = connected if missing else min(connected, now)
+            if now - connected > _CONNECT_TIMEOUT_S:
+                raise EngineFault(f"the gateways did not reach their replicas within {_CONNECT_TIMEOUT_S:g} s")
             if now - checked > _STATUS_POLL_S:
                 checked = now
                 self._check_status()
             time.sleep(_POLL_S)
+
+    def _address_of(self, gateway: dict[str, str | int], own_ip: str) -> str:
+        return gateway_address(
+            self._config.gateway.host, int(gateway["port"]), node_ip=str(gateway["node_ip"]), own_ip=own_ip
+        )
 
     def _check_status(self) -> None:
         """A process that was killed reports nothing itself; Serve tells."""
@@ -338,18 +342,3 @@ def _serve_controller() -> ActorHandle:
     from ray.serve._private.constants import SERVE_CONTROLLER_NAME, SERVE_NAMESPACE
 
     return ray.get_actor(SERVE_CONTROLLER_NAME, namespace=SERVE_NAMESPACE)
-
-
-def _await_serving(address: str) -> None:
-    """Waits until the gateway's health says that every model has a replica."""
-    with grpc.insecure_channel(address) as channel:
-        watch = health_pb2_grpc.HealthStub(channel).Watch(
-            health_pb2.HealthCheckRequest(), timeout=_CONNECT_TIMEOUT_S, wait_for_ready=True
-        )
-        try:
-            for response in watch:
-                if response.status == health_pb2.HealthCheckResponse.SERVING:
-                    watch.cancel()
-                    return
-        except grpc.RpcError as error:
-            raise EngineFault(f"the gateway at {address} did not reach its replicas: {error.code().name}") from None

@@ -55,7 +55,7 @@ def create_application(
 
     Args:
         start_id: key of the start-up reports; None: nobody waits for them.
-        gateway_cpus: what the gateway reserves.
+        gateway_cpus: what each gateway reserves.
         replica_host: address that replicas bind; None: their node's.
         environment: variables that the actors need and their nodes do not have.
     """
@@ -89,6 +89,7 @@ def create_application(
     gateway = serve.deployment(
         GatewayDeployment,
         name="Gateway",
+        num_replicas=config.gateway.replicas,
         ray_actor_options={"num_cpus": gateway_cpus, **runtime_env},
         health_check_period_s=_HEALTH_CHECK_PERIOD_S,
         health_check_timeout_s=60,

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import ray
@@ -13,10 +13,13 @@ from ray.serve.handle import DeploymentHandle
 
 from cluster.checkpoint import resolve_checkpoint
 from cluster.core.config import ClassesConfig
+from cluster.errors import ConfigError
 from cluster.gateway.catalog import ServedModel
 from cluster.gateway.config import GatewayConfig
 from cluster.gateway.server import Gateway
 from cluster.observability.logging import configure_logging
+from cluster.serve.addresses import join_host_port, reachable_host
+from cluster.serve.gateway_ports import PORT_FIELDS, at_place, is_free
 from cluster.serve.identity import ClusterIdentity
 from cluster.serve.model_control import ServeModelControl
 from cluster.serve.ray_metrics import RaySink
@@ -40,6 +43,7 @@ class GatewayDeployment:
 
     _gateway: Gateway | None = None
     _directory: ReplicaDirectory | None = None  # from when it serves
+    _connecting: asyncio.Task[None] | None = None
 
     async def __init__(  # type: ignore[misc]
         self,
@@ -55,45 +59,77 @@ class GatewayDeployment:
         configure_logging(identity.logging.level, identity.logging.format)
         context = serve.get_replica_context()
         self._config = config
-        report = StartupReport(identity.start_id, "gateway", context.replica_id.unique_id)
+        replica_id = context.replica_id.unique_id
+        title = "gateway" if config.replicas == 1 else f"gateway {replica_id}"
+        report = StartupReport(identity.start_id, title, replica_id)
+        deployments = {name: handle.deployment_name for name, handle in models.items()}
         try:
             report.enter("loading tokenizers")
             served = [
                 ServedModel(name, await asyncio.to_thread(resolve_checkpoint, path, weights=False))
                 for name, path in paths.items()
             ]
-            deployments = {name: handle.deployment_name for name, handle in models.items()}
-            self._gateway = Gateway(
-                config,
+            self._port = await self._start(
                 served,
                 classes=classes,
                 secret=identity.secret,
                 credentials=identity.certificate and identity.certificate.channel_credentials(),
                 metrics=RaySink(),
-                gateway_id=f"gateway-{context.replica_id.unique_id}",
+                gateway_id=f"gateway-{replica_id}",
                 model_control=ServeModelControl(context.app_name, deployments, num_replicas),
                 configuration=configuration,
             )
-            port = await self._gateway.start()
             self._directory = ReplicaDirectory(
-                deployments,
-                app_name=context.app_name,
-                on_change=self._gateway.set_replicas,
+                deployments, app_name=context.app_name, on_change=self._gateway.set_replicas
             )
         except BaseException as error:
             report.fail(error)
             if self._gateway:
                 await self._gateway.stop()
             raise
-        report.finish(node_ip=ray.util.get_node_ip_address(), port=port, admin_port=self._gateway.admin_port)
+        self._connecting = asyncio.create_task(self._report_serving(report))
+
+    async def _start(self, served: Sequence[ServedModel], **options: Any) -> int:
+        """Starts the gateway on the first free ports of those that are for gateways; the gRPC port.
+
+        Raises:
+            ClusterError: it cannot be.
+        """
+        last = self._config.replicas - 1 if self._config.port else 0
+        for place in range(last + 1):
+            config = at_place(self._config, place)
+            if place < last and not is_free(config.host, config.port):
+                continue
+            self._gateway = Gateway(config, served, **options)
+            try:
+                return await self._gateway.start()
+            except ConfigError as error:
+                # Another gateway of this node may have been faster.
+                if place == last or error.field not in PORT_FIELDS:
+                    raise
+        raise AssertionError("the last place returns or raises")
+
+    async def _report_serving(self, report: StartupReport) -> None:
+        """Whoever waits for the start hears of the gateway when requests can be sent to it."""
+        report.enter("connecting to replicas")
+        await self._gateway.wait_serving()
+        node_ip = ray.util.get_node_ip_address()
+        http_port = self._gateway.http_port or 0
+        report.finish(node_ip=node_ip, port=self._port, admin_port=self._gateway.admin_port, http_port=http_port)
+
+    def record_replica_metadata(self) -> dict[str, str]:
+        """Where clients find this gateway, for whoever asks Serve's controller."""
+        host = reachable_host(self._config.host, ray.util.get_node_ip_address())
+        return {"address": join_host_port(host, self._port)}
 
     async def check_health(self) -> None:
         """That this runs shows that the event loop lives, and with it the gateway."""
 
     async def __del__(self) -> None:
         # Serve calls this once, before the process ends, and Python where construction failed.
-        if self._gateway is None or self._directory is None:
+        if self._gateway is None or self._directory is None or self._connecting is None:
             return
+        self._connecting.cancel()
         self._directory.stop()
         if not await self._gateway.drain(self._config.drain_timeout_s):
             logger.warning("the gateway stops with %d generations running", self._gateway.num_generations)

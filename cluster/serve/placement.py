@@ -9,7 +9,7 @@ from typing import Literal
 from cluster.errors import ConfigError
 from cluster.serve.config import ModelConfig
 
-# The gateway's share of a machine where everything runs on one.
+# The share of all gateways of a machine where everything runs on one.
 LOCAL_GATEWAY_CPUS = 0.1
 # What Ray's own examples take of an accelerator type's resource: enough to be sent there, too little to fill it.
 _ACCELERATOR_SHARE = 0.001
@@ -102,8 +102,13 @@ def place_locally(models: Sequence[ModelConfig], machine: Resources) -> list[Rep
     return placements
 
 
-def place_anywhere(models: Sequence[ModelConfig], nodes: Sequence[Resources] | None) -> list[ReplicaPlacement]:
+def place_anywhere(
+    models: Sequence[ModelConfig], nodes: Sequence[Resources] | None, *, num_gateways: int = 1
+) -> list[ReplicaPlacement]:
     """Placements on a cluster that exists; None where it is not known what it has (it may grow later).
+
+    Args:
+        num_gateways: each reserves a CPU.
 
     Raises:
         ConfigError: the models ask for more than there is.
@@ -112,7 +117,7 @@ def place_anywhere(models: Sequence[ModelConfig], nodes: Sequence[Resources] | N
     placements = [_place(model, num_gpus, cpus=1.0) for model in models]
     if nodes is None:
         return placements
-    check_fit(placements, nodes, gateway_cpus=1)
+    check_fit(placements, nodes, gateway_cpus=num_gateways)
     return [
         # A node that could not hold all of them whole must not keep one waiting for it.
         replace(placement, strategy="STRICT_PACK")

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import socket
 from collections.abc import Callable
 from pathlib import Path
 
@@ -12,6 +11,7 @@ from cluster.config import ClusterConfig
 from cluster.errors import CheckpointError, ConfigError
 from cluster.gateway.config import GatewayConfig
 from cluster.serve.addresses import join_host_port
+from cluster.serve.gateway_ports import probe_port
 
 
 def check_checkpoint(path: str) -> Path:
@@ -35,20 +35,16 @@ def check_checkpoint(path: str) -> Path:
 
 
 def check_port(config: GatewayConfig) -> None:
-    """Raises ConfigError where the gateway could not listen."""
-    try:
-        family, kind, protocol, _, address = socket.getaddrinfo(config.host, config.port, type=socket.SOCK_STREAM)[0]
-        with socket.socket(family, kind, protocol) as probe:
-            # As gRPC binds: a port that only lingers after its last owner is free.
-            probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-            probe.bind(address)
-            probe.listen()
-    except OSError as error:
-        raise ConfigError(
-            f"the gateway cannot listen on {join_host_port(config.host, config.port)}: {error.strerror or error}. Stop "
-            "what listens there, or choose another with --port (0 takes a free one)",
-            field="gateway.port",
-        ) from None
+    """Raises ConfigError where a gateway could not listen."""
+    for port in range(config.port, config.port + config.replicas) if config.port else (0,):
+        try:
+            probe_port(config.host, port)
+        except OSError as error:
+            raise ConfigError(
+                f"the gateway cannot listen on {join_host_port(config.host, port)}: {error.strerror or error}. Stop "
+                "what listens there, or choose another with --port (0 takes a free one)",
+                field="gateway.port",
+            ) from None
 
 
 def check_machine(config: ClusterConfig, on_stage: Callable[[str], None]) -> None:

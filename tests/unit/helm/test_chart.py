@@ -163,6 +163,13 @@ def test_the_gateway_runs_in_its_own_group(ray_service):
     assert offered == ["gateway"]
 
 
+def test_there_is_a_pod_for_each_gateway(render, values):
+    values["cluster"]["gateway"]["replicas"] = 3
+    spec = render(values)["RayService"]["spec"]["rayClusterConfig"]
+    (gateway,) = [group for group in spec["workerGroupSpecs"] if group["groupName"] == "gateway"]
+    assert gateway["replicas"] == gateway["minReplicas"] == gateway["maxReplicas"] == 3
+
+
 def test_nothing_of_ours_runs_on_the_head(ray_service):
     assert ray_service["spec"]["rayClusterConfig"]["headGroupSpec"]["rayStartParams"]["num-cpus"] == "0"
 
