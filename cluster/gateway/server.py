@@ -27,6 +27,8 @@ from cluster.gateway.interceptors import AuthInterceptor, StatusInterceptor
 from cluster.gateway.kserve.servicer import SERVICE as KSERVE_SERVICE
 from cluster.gateway.kserve.servicer import KServeServicer
 from cluster.gateway.listener import bind, check_exposure, create_server, is_loopback
+from cluster.gateway.metrics_page import MetricsPage
+from cluster.gateway.openai.handlers import OpenAIHandlers
 from cluster.gateway.openai.server import HttpServer
 from cluster.gateway.replica_link import ReplicaAddress
 from cluster.gateway.request_path import RequestPath
@@ -34,7 +36,8 @@ from cluster.gateway.servicer import InferenceServicer
 from cluster.gateway.tenants import Tenants
 from cluster.gateway.tls import ServerTls
 from cluster.kserve import open_inference_pb2_grpc
-from cluster.observability.metrics import MetricSink, NullSink
+from cluster.observability.metric_table import MetricTable, SinkPair
+from cluster.observability.metrics import MetricSink
 from cluster.text.tokenizer import Tokenizer
 from cluster.v1 import inference_pb2_grpc
 from cluster.wire import SERVICE
@@ -75,7 +78,8 @@ class Gateway:
         model_control: ModelControl | None = None,
         configuration: Mapping[str, Any] | None = None,
     ) -> None:
-        metrics = metrics or NullSink()
+        self._recorded = MetricTable()  # for /metrics
+        metrics = self._recorded if metrics is None else SinkPair(metrics, self._recorded)
         self.http_port: int | None = None
         self.admin_port = 0
         self.gateway_id = gateway_id or f"gateway-{secrets.token_hex(4)}"
@@ -92,6 +96,7 @@ class Gateway:
         self._model_control = model_control
         self._configuration = configuration
         self._readiness_changed = asyncio.Event()
+        self._serving = asyncio.Event()
         self._tls: ServerTls | None = None
         self._authenticator: Authenticator
         self._server: grpc.aio.Server | None = None
@@ -137,7 +142,14 @@ class Gateway:
             services = (SERVICE, KSERVE_SERVICE, health.SERVICE_NAME, reflection.SERVICE_NAME)
             reflection.enable_server_reflection(services, server)
         if self._config.http_port is not None:
-            self._http = HttpServer(self._config, self._catalog, path)
+            self._http = HttpServer(
+                self._config,
+                OpenAIHandlers(self._catalog, path),
+                MetricsPage(self._catalog, self._recorded),
+                is_ready=lambda: self._catalog.ready and not self._table.draining,
+                authenticator=self._authenticator,
+                tls=self._tls,
+            )
             self.http_port = await self._http.start()
         await self.publish_health()
         configuration = (
@@ -159,6 +171,10 @@ class Gateway:
             ModelNotFound: no such model.
         """
         self._catalog.lookup(model).balancer.set_replicas(replicas)
+
+    async def wait_serving(self) -> None:
+        """Returns when every model has a ready replica."""
+        await self._serving.wait()
 
     @property
     def num_generations(self) -> int:
@@ -251,5 +267,6 @@ class Gateway:
         """Tells who watches whether requests are taken here."""
         status = health_pb2.HealthCheckResponse
         is_serving = self._catalog.ready and not self._table.draining
+        self._serving.set() if is_serving else self._serving.clear()
         for service in ("", SERVICE):
             await self._health.set(service, status.SERVING if is_serving else status.NOT_SERVING)

@@ -30,13 +30,13 @@ class InferenceServicer(inference_pb2_grpc.InferenceServiceServicer):
         self, request: inference_pb2.GenerateRequest, context: grpc.aio.ServicerContext
     ) -> inference_pb2.GenerateResponse:
         async with self._path.run(
-            request, remaining_s=context.time_remaining(), streams=False, on_ledger=_trailer_of(context)
+            request, remaining_s=context.time_remaining(), streams=False, on_ledger=trailer_of(context)
         ) as reader:
             return await reader.response()
 
     async def GenerateStream(self, request: inference_pb2.GenerateRequest, context: grpc.aio.ServicerContext) -> None:
         async with self._path.run(
-            request, remaining_s=context.time_remaining(), streams=True, on_ledger=_trailer_of(context)
+            request, remaining_s=context.time_remaining(), streams=True, on_ledger=trailer_of(context)
         ) as reader:
             while not reader.done:
                 await reader.wait()
@@ -84,7 +84,7 @@ class InferenceServicer(inference_pb2_grpc.InferenceServiceServicer):
         return self._catalog.lookup(request.model).balancer.describe()
 
 
-def _trailer_of(context: grpc.aio.ServicerContext) -> Callable[[inference_pb2.Ledger], None]:
+def trailer_of(context: grpc.aio.ServicerContext) -> Callable[[inference_pb2.Ledger], None]:
     """Sends a ledger with the end of the call."""
 
     def send(ledger: inference_pb2.Ledger) -> None:

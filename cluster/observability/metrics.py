@@ -1,4 +1,4 @@
-"""Metric names, and the sink they go to. ``serve`` installs Ray's; elsewhere they go nowhere."""
+"""Metric names, and the sink they go to. ``serve`` installs Ray's."""
 
 from __future__ import annotations
 
@@ -42,10 +42,3 @@ class MetricSink(Protocol):
 
     def record(self, metric: Metric, value: float, **labels: str) -> None:
         """Adds to a counter, sets a gauge, or observes a value of a histogram."""
-
-
-class NullSink:
-    """Drops every measurement."""
-
-    def record(self, metric: Metric, value: float, **labels: str) -> None:
-        return

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+from google.protobuf.json_format import MessageToJson
+
 from cluster.gateway.kserve import tensors
 from cluster.gateway.kserve.convert import MODEL_VERSION, Inference
 from cluster.gateway.status import as_cluster_error, retry_delay_s
@@ -45,15 +47,30 @@ class Answer:
         texts[chunk.candidate_index] = chunk.text_delta.encode()
         ends[chunk.candidate_index] = _FINISH[chunk.finish_reason]
         self._num_finished += bool(chunk.finish_reason)
-        response = self._response(texts, ends)
-        response.parameters[FINAL].bool_param = self._num_finished == self._n
-        return response
+        return self._response(texts, ends)
+
+    @property
+    def is_complete(self) -> bool:
+        """Whether ``delta`` has seen the end of every candidate."""
+        return self._num_finished == self._n
 
     def _response(self, texts: Sequence[bytes], ends: Sequence[bytes]) -> kserve.ModelInferResponse:
         response = kserve.ModelInferResponse(model_name=self._model, model_version=MODEL_VERSION, id=self._request_id)
         for tensor in self._inference.outputs:
             tensors.add_output(response, tensor, texts if tensor is tensors.TEXT_OUTPUT else ends)
         return response
+
+
+def streamed(
+    response: kserve.ModelInferResponse, ledger: inference_pb2.Ledger | None
+) -> kserve.ModelStreamInferResponse:
+    """A response on its way in a stream; ``ledger`` goes with the last one to its request."""
+    response.parameters[FINAL].bool_param = ledger is not None
+    if ledger is not None:
+        response.parameters["ledger"].string_param = MessageToJson(
+            ledger, preserving_proto_field_name=True, indent=None
+        )
+    return kserve.ModelStreamInferResponse(infer_response=response)
 
 
 def error_response(error: Exception, message: kserve.ModelInferRequest) -> kserve.ModelStreamInferResponse:

@@ -12,9 +12,10 @@ from cluster.errors import ClusterError, InvalidRequest, ModelNotFound
 from cluster.gateway.catalog import Catalog, CatalogEntry
 from cluster.gateway.generation_table import GenerationTable
 from cluster.gateway.kserve import tensors
-from cluster.gateway.kserve.answers import FINAL, Answer, error_response
+from cluster.gateway.kserve.answers import Answer, error_response, streamed
 from cluster.gateway.kserve.convert import MODEL_VERSION, check_version, in_these_terms, inference_of
 from cluster.gateway.request_path import RequestPath
+from cluster.gateway.servicer import trailer_of
 from cluster.kserve import open_inference_pb2 as kserve
 from cluster.kserve import open_inference_pb2_grpc
 
@@ -108,7 +109,9 @@ class KServeServicer(open_inference_pb2_grpc.GRPCInferenceServiceServicer):
             if inference.streams:
                 raise InvalidRequest("stream: true needs ModelStreamInfer", field=tensors.STREAM.name)
             remaining_s = _earlier(context.time_remaining(), inference.timeout_s)
-            async with self._path.run(inference.request, remaining_s=remaining_s, streams=False) as reader:
+            async with self._path.run(
+                inference.request, remaining_s=remaining_s, streams=False, on_ledger=trailer_of(context)
+            ) as reader:
                 answer = Answer(inference, model=reader.model, request_id=request.id)
                 return answer.whole(await reader.response())
         except ClusterError as error:
@@ -156,11 +159,11 @@ class KServeServicer(open_inference_pb2_grpc.GRPCInferenceServiceServicer):
             answer = Answer(inference, model=reader.model, request_id=request.id)
             if inference.streams:
                 async for chunk in reader:
-                    await write(kserve.ModelStreamInferResponse(infer_response=answer.delta(chunk)))
+                    response = answer.delta(chunk)
+                    await write(streamed(response, reader.ledger() if answer.is_complete else None))
             else:
                 response = answer.whole(await reader.response())
-                response.parameters[FINAL].bool_param = True
-                await write(kserve.ModelStreamInferResponse(infer_response=response))
+                await write(streamed(response, reader.ledger()))
 
     def _lookup(self, name: str, model_version: str) -> CatalogEntry:
         check_version(name, model_version)

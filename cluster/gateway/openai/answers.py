@@ -7,7 +7,11 @@ from abc import ABC, abstractmethod
 from collections.abc import Iterable, Sequence
 from typing import Any
 
+from google.protobuf.json_format import MessageToDict
+
 from cluster.gateway.openai.logprobs import ChatLogprobs, CompletionLogprobs
+from cluster.gateway.openai.prompts import Whole
+from cluster.gateway.reader import Reader
 from cluster.text.tokenizer import Tokenizer
 from cluster.v1 import inference_pb2
 
@@ -19,7 +23,8 @@ _FINISH = {
 
 
 class Answer(ABC):
-    """Writes one answer. Choices are numbered over all prompts: ``prompt * n + candidate``.
+    """Writes one answer. Choices are numbered over all prompts: ``prompt * n + candidate``. Where one has its end, it
+    has its ledger, too.
 
     Args:
         generation_id: of the first prompt; the answer is named after it.
@@ -50,22 +55,24 @@ class Answer(ABC):
         self._usage_in_stream = usage_in_stream
         self._usages: dict[int, inference_pb2.Usage] = {}
 
-    def whole(self, responses: Sequence[inference_pb2.GenerateResponse]) -> dict[str, Any]:
+    def whole(self, answers: Sequence[Whole]) -> dict[str, Any]:
         """The answer to all prompts."""
         choices = [
-            self._whole_choice(prompt * self._n + candidate.index, candidate)
-            for prompt, response in enumerate(responses)
-            for candidate in response.candidates
+            self._whole_choice(prompt * self._n + candidate.index, candidate) | _ledger(answer.ledger)
+            for prompt, answer in enumerate(answers)
+            for candidate in answer.response.candidates
         ]
-        usage = _usage(response.usage for response in responses)
+        usage = _usage(answer.response.usage for answer in answers)
         return self._head | {"object": self._object, "choices": choices, "usage": usage}
 
-    def events(self, prompt: int, chunk: inference_pb2.GenerateChunk) -> list[dict[str, Any]]:
+    def events(self, prompt: int, chunk: inference_pb2.GenerateChunk, reader: Reader) -> list[dict[str, Any]]:
         """What a chunk becomes: nothing while its text is held back, or one event, or two."""
         index = prompt * self._n + chunk.candidate_index
+        choices = self._choices(index, chunk)
         if chunk.finish_reason:
             self._usages[index] = chunk.usage
-        return [self._event([choice]) for choice in self._choices(index, chunk)]
+            choices[-1] |= _ledger(reader.ledger())
+        return [self._event([choice]) for choice in choices]
 
     def last_events(self) -> list[dict[str, Any]]:
         """What the stream ends with."""
@@ -150,6 +157,12 @@ class ChatAnswer(Answer):
 
 def _chat_delta(index: int, delta: dict[str, str], finish_reason: str | None = None) -> dict[str, Any]:
     return {"index": index, "delta": delta, "logprobs": None, "finish_reason": finish_reason}
+
+
+def _ledger(ledger: inference_pb2.Ledger) -> dict[str, Any]:
+    """Where the time went, as ``cluster.v1.Ledger`` has it."""
+    fields = MessageToDict(ledger, preserving_proto_field_name=True, always_print_fields_with_no_presence=True)
+    return {"ledger": fields}
 
 
 def _usage(usages: Iterable[inference_pb2.Usage]) -> dict[str, Any]:

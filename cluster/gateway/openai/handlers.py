@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
+import asyncio
 import time
 from collections.abc import Sequence
-from contextlib import aclosing
 from typing import Any
 
 import msgspec
@@ -14,17 +14,15 @@ from cluster.errors import InvalidRequest
 from cluster.gateway.catalog import Catalog, CatalogEntry
 from cluster.gateway.openai.answers import Answer, ChatAnswer, CompletionAnswer
 from cluster.gateway.openai.convert import chat_request, completion_requests
-from cluster.gateway.openai.errors import error_body
-from cluster.gateway.openai.prompts import read_chunks, read_whole
+from cluster.gateway.openai.errors import HttpError
+from cluster.gateway.openai.event_stream import EventStream
+from cluster.gateway.openai.prompts import read_whole
 from cluster.gateway.openai.schema import ChatBody, CompletionBody, SamplingBody, parse_body
-from cluster.gateway.request_path import Reader, RequestPath
+from cluster.gateway.reader import Reader
+from cluster.gateway.request_path import RequestPath
 from cluster.v1 import inference_pb2
 
-_STREAM_HEADERS = {
-    "content-type": "text/event-stream",
-    "cache-control": "no-cache",
-    "x-accel-buffering": "no",  # proxies that would collect the events first
-}
+_BODY_TIMEOUT_S = 60.0
 
 
 class OpenAIHandlers:
@@ -41,12 +39,7 @@ class OpenAIHandlers:
             web.get("/v1/models/{model:.+}", self.get_model),
             web.post("/v1/completions", self.complete),
             web.post("/v1/chat/completions", self.chat),
-            web.get("/health", self.health),
         ]
-
-    async def health(self, request: web.Request) -> web.Response:
-        """200 while every model has a replica that takes work, else 503."""
-        return web.Response(status=200 if self._catalog.ready else 503)
 
     async def list_models(self, request: web.Request) -> web.Response:
         return _json({"object": "list", "data": [self._model(entry) for entry in self._catalog]})
@@ -96,57 +89,28 @@ class OpenAIHandlers:
             )
 
         if body.stream:
-            return await self._stream(request, requests, begin)
+            return await EventStream(request, begin).run(self._path, requests)
         if body.stream_options is not None:
             raise InvalidRequest("stream_options needs stream: true", field="stream_options")
         results = await read_whole(self._path, requests)
-        reader = results[0][0]
-        answer = begin(reader).whole([response for _, response in results])
-        return _json(answer, headers={"x-request-id": reader.generation_id})
-
-    async def _stream(
-        self, request: web.Request, requests: Sequence[inference_pb2.GenerateRequest], begin: Any
-    ) -> web.StreamResponse:
-        """Server-sent events. Nothing is sent before the first chunk, so that what fails until then has its status."""
-        response = web.StreamResponse(headers=_STREAM_HEADERS)
-        answer: Answer | None = None
-        async with aclosing(read_chunks(self._path, requests)) as items:
-            try:
-                async for prompt, reader, chunk in items:
-                    if answer is None:
-                        answer = begin(reader)
-                        response.headers["x-request-id"] = reader.generation_id
-                        await response.prepare(request)
-                    if events := answer.events(prompt, chunk):
-                        await response.write(b"".join(map(_event, events)))
-            except Exception as error:
-                if answer is None or not _connected(request):
-                    raise
-                await response.write(_event(error_body(error)))
-            else:
-                await response.write(b"".join(map(_event, answer.last_events())) + b"data: [DONE]\n\n")
-        await response.write_eof()
-        return response
+        reader = results[0].reader
+        return _json(begin(reader).whole(results), headers={"x-request-id": reader.generation_id})
 
 
 async def _read_json(request: web.Request) -> bytes:
     # A page of another site may send other types without asking first.
     if request.content_type != "application/json":
         raise InvalidRequest("the body must be JSON: send Content-Type: application/json")
-    return await request.read()
+    try:
+        async with asyncio.timeout(_BODY_TIMEOUT_S):
+            return await request.read()
+    except TimeoutError:
+        raise HttpError(408, f"the body did not come within {_BODY_TIMEOUT_S:g} s") from None
 
 
 def _request_id(request: web.Request) -> str:
     return request.headers.get("idempotency-key", "")
 
 
-def _connected(request: web.Request) -> bool:
-    return request.transport is not None and not request.transport.is_closing()
-
-
 def _json(body: dict[str, Any], *, headers: dict[str, str] | None = None) -> web.Response:
     return web.Response(body=msgspec.json.encode(body), content_type="application/json", headers=headers)
-
-
-def _event(body: dict[str, Any]) -> bytes:
-    return b"data: %b\n\n" % msgspec.json.encode(body)

@@ -14,6 +14,7 @@ from gateway_setup import CreateSetup, Setup, failure
 
 from cluster.kserve import open_inference_pb2 as kserve
 from cluster.kserve import open_inference_pb2_grpc
+from cluster.v1 import inference_pb2 as pb
 
 TOKENS = {"max_tokens": 8, "seed": 7}
 
@@ -78,8 +79,10 @@ async def test_one_answer(create_setup: CreateSetup) -> None:
         response = await stub(setup).ModelInfer(request)
         assert (response.model_name, response.model_version, response.id) == ("test", "1", "7")
         assert outputs_of(response) == {"text_output": ["good day"[:8]], "finish_reason": ["length"]}
-    response = await stub(setup).ModelInfer(infer(exclude_input_in_output=False, outputs=["text_output"]))
-    assert outputs_of(response) == {"text_output": ["hellogood day"]}
+    call = stub(setup).ModelInfer(infer(exclude_input_in_output=False, outputs=["text_output"]))
+    assert outputs_of(await call) == {"text_output": ["hellogood day"]}
+    ledger = pb.Ledger.FromString(dict(await call.trailing_metadata())["cluster-ledger-bin"])
+    assert list(ledger.replicas) == ["replica-0"]
     assert bytes(setup.replica.submits[0].prompt_token_ids) == b"hello"
 
 
@@ -124,6 +127,7 @@ async def test_a_stream_has_deltas_and_ends_each_request(create_setup: CreateSet
         assert name not in final
         if response.infer_response.parameters["triton_final_response"].bool_param:
             final.append(name)
+            assert json.loads(response.infer_response.parameters["ledger"].string_param)["replicas"] == ["replica-0"]
         for index in range(2):
             texts[name][index] += outputs["text_output"][index]
             ends[name][index] += outputs["finish_reason"][index]

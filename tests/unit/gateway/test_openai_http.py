@@ -88,6 +88,8 @@ async def test_a_completion(create_http: CreateHttp) -> None:
     (submit,) = http.setup.replica.submits
     assert answer.pop("id") == f"cmpl-{headers['x-request-id']}"
     assert answer.pop("created") > 1.7e9
+    ledger = answer["choices"][0].pop("ledger")
+    assert (ledger["replicas"], ledger["num_moves"], ledger["exact"]) == (["replica-0"], 0, True)
     assert answer == {
         "object": "text_completion",
         "model": "test",
@@ -111,6 +113,7 @@ async def test_a_chat(create_http: CreateHttp) -> None:
     assert answer["object"] == "chat.completion"
     assert answer["id"].startswith("chatcmpl-gen-")
     message = {"role": "assistant", "content": "good day", "refusal": None}
+    assert answer["choices"][0].pop("ledger")["prefill_ms"] > 0
     assert answer["choices"] == [{"index": 0, "message": message, "logprobs": None, "finish_reason": "stop"}]
     (submit,) = http.setup.replica.submits
     assert bytes(submit.prompt_token_ids) == b"system: be brief\nuser: hi\nassistant:"
@@ -148,6 +151,7 @@ async def test_a_chats_stream_begins_with_the_role_and_has_usage_only_if_asked(c
     assert [event["choices"][0]["finish_reason"] for event in events] == [None] * 4 + ["stop"]
     assert {event["object"] for event in events} == {"chat.completion.chunk"}
     assert not any("usage" in event for event in events)
+    assert [i for i, event in enumerate(events) if "ledger" in event["choices"][0]] == [len(events) - 1]
 
 
 async def test_several_prompts_of_both_kinds(create_http: CreateHttp) -> None:
