@@ -55,6 +55,10 @@ def serve(
     port: Annotated[
         int | None, typer.Option(min=0, max=65535, help="gRPC port; 0 takes a free one.", show_default="50051")
     ] = None,
+    http_port: Annotated[
+        int | None,
+        typer.Option(min=0, max=65535, help="Port of OpenAI's API over HTTP; 0 takes a free one.", show_default="8000"),
+    ] = None,
     insecure: Annotated[
         bool | None, typer.Option("--insecure", help="Listen off loopback without TLS.", show_default=False)
     ] = None,
@@ -82,7 +86,7 @@ def serve(
     ] = None,
     json: Json = False,
 ) -> None:
-    """Serve models over gRPC on this machine, until Ctrl-C. A second Ctrl-C does not wait for running requests."""
+    """Serve models over gRPC and HTTP from here, until Ctrl-C. A second Ctrl-C does not wait for running requests."""
     if model is not None and config is not None:
         raise typer.BadParameter("give MODEL or --config, not both", param_hint="MODEL")
     tree = load_config(config) if config else ClusterConfig(models=(ModelConfig(path=model or _DEFAULT_MODEL),))
@@ -98,7 +102,7 @@ def serve(
             "kv_cache_bytes": kv_cache,
         },
         scheduler={"max_num_seqs": max_num_seqs},
-        gateway={"host": host, "port": port, "insecure": insecure},
+        gateway={"host": host, "port": port, "http_port": http_port, "insecure": insecure},
         ray={"dashboard": dashboard},
     )
     configure_logging(tree.logging.level, tree.logging.format)
@@ -169,11 +173,12 @@ def _override(
 
 
 def _announce(cluster: Cluster, tree: ClusterConfig, as_json: bool) -> None:
-    """Address, models, configuration, capacity and dashboard."""
+    """Addresses, models, configuration, capacity and dashboard."""
     if as_json:
         print_json(
             {
                 "address": cluster.address,
+                "http_urls": cluster.http_urls,
                 "dashboard_url": cluster.dashboard_url,
                 "replicas": cluster.replicas,
                 "notes": cluster.notes,
@@ -182,6 +187,7 @@ def _announce(cluster: Cluster, tree: ClusterConfig, as_json: bool) -> None:
         )
         return
     lines = [*(f"note       {note}" for note in cluster.notes), f"address    {cluster.address}"]
+    lines += [f"openai     {url}/v1" for url in cluster.http_urls]
     for model in tree.models:
         facts = next(facts for facts in cluster.replicas if facts["model"] == model.name)
         capacity = sum(int(f["kv_capacity_tokens"]) for f in cluster.replicas if f["model"] == model.name)

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import ipaddress
 import socket
+from dataclasses import replace
 
 from cluster.errors import ConfigError
+from cluster.gateway.config import DEFAULT_HTTP_PORT, GatewayConfig
 from cluster.gateway.listener import is_loopback
 from cluster.serve.gateway_ports import is_free
 
@@ -44,6 +46,25 @@ def reachable_host(host: str, node_ip: str) -> str:
         return node_ip if ipaddress.ip_address(host).is_unspecified else host
     except ValueError:
         return host
+
+
+def with_ports(config: GatewayConfig) -> GatewayConfig:
+    """With numbers where free ports are wanted, so that a gateway that is built again takes the same.
+
+    Raises:
+        OSError: ``config.host`` is not this machine's.
+    """
+    host, count = config.host, config.replicas
+    if config.port == 0:
+        config = replace(config, port=free_port(host, count))
+    http_port = config.http_port
+    if http_port == 0 or (http_port == DEFAULT_HTTP_PORT and not is_free(host, http_port)):
+        row = range(config.port, config.port + count)
+        http_port = config.port
+        while http_port in row or http_port + count - 1 in row:
+            http_port = free_port(host, count)
+        config = replace(config, http_port=http_port)
+    return config
 
 
 def free_port(host: str, count: int = 1) -> int:

@@ -14,7 +14,8 @@ from typing import TYPE_CHECKING, Any
 
 from cluster.config import ClusterConfig, parse_config
 from cluster.errors import ConfigError, EngineFault
-from cluster.serve.addresses import free_port, gateway_address
+from cluster.gateway.config import DEFAULT_HTTP_PORT
+from cluster.serve.addresses import gateway_address, with_ports
 from cluster.serve.local_ray import (
     ACTOR_ENVIRONMENT,
     LOCAL_ADDRESS,
@@ -74,6 +75,7 @@ class Cluster:
 
     Attributes:
         address: ``"host:port"`` of the gateway; of several, all with commas.
+        http_urls: of each gateway, such as ``"http://127.0.0.1:8000"``; none where HTTP is turned off.
         dashboard_url: of a Ray of our own; None without a dashboard, or where Ray was there before.
         replicas: what each replica told of itself: model, dtype, device, kv_capacity_tokens, ...
         notes: what turned out differently from what was asked, and what was decided where that was left open.
@@ -89,7 +91,9 @@ class Cluster:
         self._deployed = False
         self._owns_serve = False
         self._reasons: list[str] = []
+        self._wants_default_http = config.gateway.http_port == DEFAULT_HTTP_PORT
         self.address = ""
+        self.http_urls: list[str] = []
         self.replicas: list[dict[str, str | int]] = []
 
     @property
@@ -164,10 +168,7 @@ class Cluster:
         if self._ray:
             placements = place_locally(models, resources[0])
             gateway_cpus = int(LOCAL_GATEWAY_CPUS / num_gateways * 1e4) / 1e4  # as Ray can count
-            if self._config.gateway.port == 0:
-                # Chosen here, so that a gateway that is built again takes the same.
-                gateway = replace(self._config.gateway, port=free_port(self._config.gateway.host, num_gateways))
-                self._config = replace(self._config, gateway=gateway)
+            self._config = replace(self._config, gateway=with_ports(self._config.gateway))
         else:
             self._find_serve()
             placements = place_anywhere(models, resources, num_gateways=num_gateways)
@@ -252,7 +253,8 @@ class Cluster:
             ]
             if len(gateways) >= self._config.gateway.replicas and not missing:
                 own_ip = ray.util.get_node_ip_address()
-                self.address = ",".join(sorted(self._address_of(gateway, own_ip) for gateway in gateways))
+                self.address = ",".join(sorted(self._address_of(gateway, "port", own_ip) for gateway in gateways))
+                self._find_http(gateways, own_ip)
                 forget_startup(self._start_id)
                 return
             now = time.monotonic()
@@ -269,10 +271,19 @@ class Cluster:
                 self._check_status()
             time.sleep(_POLL_S)
 
-    def _address_of(self, gateway: dict[str, str | int], own_ip: str) -> str:
+    def _address_of(self, gateway: dict[str, str | int], port: str, own_ip: str) -> str:
         return gateway_address(
-            self._config.gateway.host, int(gateway["port"]), node_ip=str(gateway["node_ip"]), own_ip=own_ip
+            self._config.gateway.host, int(gateway[port]), node_ip=str(gateway["node_ip"]), own_ip=own_ip
         )
+
+    def _find_http(self, gateways: Sequence[dict[str, str | int]], own_ip: str) -> None:
+        serving = [gateway for gateway in gateways if gateway["http_port"]]
+        scheme = "http" if self._config.gateway.tls is None else "https"
+        self.http_urls = sorted(f"{scheme}://{self._address_of(gateway, 'http_port', own_ip)}" for gateway in serving)
+        if self._wants_default_http and not any(gateway["http_port"] == DEFAULT_HTTP_PORT for gateway in serving):
+            self._reasons.append(
+                f"port {DEFAULT_HTTP_PORT} is taken: HTTP is at {', '.join(self.http_urls)} instead (gateway.http_port)"
+            )
 
     def _check_status(self) -> None:
         """A process that was killed reports nothing itself; Serve tells."""

@@ -9,7 +9,7 @@ from pathlib import Path
 from cluster.checkpoint import is_hub_id, resolve_checkpoint
 from cluster.config import ClusterConfig
 from cluster.errors import CheckpointError, ConfigError
-from cluster.gateway.config import GatewayConfig
+from cluster.gateway.config import DEFAULT_HTTP_PORT, GatewayConfig
 from cluster.serve.addresses import join_host_port
 from cluster.serve.gateway_ports import probe_port
 
@@ -34,16 +34,22 @@ def check_checkpoint(path: str) -> Path:
     return directory
 
 
-def check_port(config: GatewayConfig) -> None:
+def check_ports(config: GatewayConfig) -> None:
     """Raises ConfigError where a gateway could not listen."""
-    for port in range(config.port, config.port + config.replicas) if config.port else (0,):
+    _check_row(config, config.port, option="--port", field="gateway.port")
+    if config.http_port not in (None, DEFAULT_HTTP_PORT):  # where the default is taken, another is
+        _check_row(config, config.http_port, option="--http-port", field="gateway.http_port")
+
+
+def _check_row(config: GatewayConfig, first: int, *, option: str, field: str) -> None:
+    for port in range(first, first + config.replicas) if first else (0,):
         try:
             probe_port(config.host, port)
         except OSError as error:
             raise ConfigError(
                 f"the gateway cannot listen on {join_host_port(config.host, port)}: {error.strerror or error}. Stop "
-                "what listens there, or choose another with --port (0 takes a free one)",
-                field="gateway.port",
+                f"what listens there, or choose another with {option} (0 takes a free one)",
+                field=field,
             ) from None
 
 
@@ -53,7 +59,7 @@ def check_machine(config: ClusterConfig, on_stage: Callable[[str], None]) -> Non
     Args:
         on_stage: told what comes next. A checkpoint of the Hub is fetched here, which may take long.
     """
-    check_port(config.gateway)
+    check_ports(config.gateway)
     for path in dict.fromkeys(model.path for model in config.models):
         on_stage(f"downloading {path}" if is_hub_id(path) else f"checking {path}")
         check_checkpoint(path)

@@ -2,17 +2,18 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import socket
 
 import pytest
 
 from cluster.errors import ConfigError
-from cluster.gateway.config import GatewayConfig
+from cluster.gateway.config import DEFAULT_HTTP_PORT, GatewayConfig
 from cluster.gateway.security_config import AdminConfig
-from cluster.serve.addresses import free_port
+from cluster.serve.addresses import free_port, with_ports
 from cluster.serve.gateway_ports import at_place, is_free
-from cluster.serve.preflight import check_port
+from cluster.serve.preflight import check_ports
 
 
 def ports_of(config: GatewayConfig) -> tuple[int, int | None, int | None]:
@@ -47,16 +48,32 @@ def test_a_row_of_free_ports():
         listener.close()
 
 
+def test_ports_to_stay_with():
+    config = with_ports(GatewayConfig(port=0, replicas=2, http_port=0))
+    row = {config.port, config.port + 1, config.http_port, config.http_port + 1}
+    assert len(row) == 4
+    assert all(is_free("127.0.0.1", port) for port in row)
+    assert with_ports(config) == config
+    assert with_ports(GatewayConfig(port=6000, http_port=None)) == GatewayConfig(port=6000, http_port=None)
+
+
+def test_another_port_where_the_default_for_http_is_taken():
+    with contextlib.ExitStack() as taken:
+        with contextlib.suppress(OSError):  # somebody else has it, which will do
+            taken.enter_context(socket.create_server(("127.0.0.1", DEFAULT_HTTP_PORT)))
+        assert with_ports(GatewayConfig(port=6000)).http_port not in (None, 0, DEFAULT_HTTP_PORT)
+
+
 @pytest.mark.parametrize("taken", [0, 1])
 def test_start_up_ends_where_a_gateways_port_is_taken(taken: int):
     first = free_port("127.0.0.1", 2)
     config = GatewayConfig(port=first, replicas=2)
-    check_port(config)
+    check_ports(config)
     with (
         socket.create_server(("127.0.0.1", first + taken)),
         pytest.raises(ConfigError, match=f"127.0.0.1:{first + taken}"),
     ):
-        check_port(config)
+        check_ports(config)
 
 
 @pytest.mark.parametrize("values", [{"replicas": 0}, {"port": 65535, "replicas": 2}])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import socket
 from pathlib import Path
 
@@ -9,9 +10,9 @@ import pytest
 
 from cluster.config import ClusterConfig
 from cluster.errors import CheckpointError, ConfigError
-from cluster.gateway.config import GatewayConfig
+from cluster.gateway.config import DEFAULT_HTTP_PORT, GatewayConfig
 from cluster.serve.config import ModelConfig
-from cluster.serve.preflight import check_checkpoint, check_machine, check_port
+from cluster.serve.preflight import check_checkpoint, check_machine, check_ports
 
 
 def create_directory(path: Path, **files: str) -> Path:
@@ -45,15 +46,28 @@ def test_a_taken_port_is_named_and_a_free_one_passes():
     with socket.create_server(("127.0.0.1", 0)) as listener:
         port = listener.getsockname()[1]
         with pytest.raises(ConfigError, match=f"127.0.0.1:{port}") as caught:
-            check_port(GatewayConfig(port=port))
+            check_ports(GatewayConfig(port=port))
         assert caught.value.field == "gateway.port"
-    check_port(GatewayConfig(port=port))
+    check_ports(GatewayConfig(port=port))
+
+
+def test_a_taken_http_port_is_named_where_it_was_chosen():
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        port = listener.getsockname()[1]
+        with pytest.raises(ConfigError, match="--http-port") as caught:
+            check_ports(GatewayConfig(port=0, http_port=port))
+        assert caught.value.field == "gateway.http_port"
+        check_ports(GatewayConfig(port=0, http_port=None))
+    with contextlib.ExitStack() as taken:
+        with contextlib.suppress(OSError):  # somebody else has it, which will do
+            taken.enter_context(socket.create_server(("127.0.0.1", DEFAULT_HTTP_PORT)))
+        check_ports(GatewayConfig(port=0))
 
 
 @pytest.mark.parametrize("port", [50051, 0])
 def test_an_address_of_another_machine_is_refused(port: int):
     with pytest.raises(ConfigError, match=rf"203\.0\.113\.1:{port}"):
-        check_port(GatewayConfig(host="203.0.113.1", port=port))
+        check_ports(GatewayConfig(host="203.0.113.1", port=port))
 
 
 def test_the_stages_of_a_check_are_told(tmp_path: Path):
