@@ -22,7 +22,6 @@ from cluster.v1 import inference_pb2, replica_pb2
 _WORTH_ANOTHER_REPLICA = frozenset({"DRAINING", "OVERLOADED"})
 _MAX_LOSSES = 3
 _REFUSED_AGAIN_S = 0.05
-_DEADLINE_MARGIN_S = 0.1
 
 
 def moving() -> inference_pb2.Progress:
@@ -63,6 +62,7 @@ class Generation:
         self._placement: Placement | None = None
         self._submit: replica_pb2.Submit | None = None
         self._submission: Submission | None = None
+        self.fingerprint = b""  # of whoever makes its tokens, as clients are told
         self._fingerprint: replica_pb2.Fingerprint | None = None  # of whoever made the last tokens
         self._tried: list[ReplicaLink] = []
         self._num_losses = 0
@@ -73,7 +73,7 @@ class Generation:
         self._exact = True
         self._started_s = time.monotonic()
         self._book = LedgerBook(self._started_s)
-        self._expires_s = 0.0
+        self._expires_s = self._told_expires_s = 0.0  # in monotonic seconds: its deadline, and what the replica knows
         self._deadline: asyncio.TimerHandle | None = None
         self._later: asyncio.TimerHandle | None = None
         self._progress: Callable[[], inference_pb2.Progress] | None = None
@@ -157,11 +157,13 @@ class Generation:
             found = link.hello.fingerprint
             self._exact = self._exact and found == fingerprint and found.batch_invariant
         submit.deadline_ms = max(int((self._expires_s - now) * 1000), 0)
+        self._told_expires_s = self._expires_s
         self._tried.append(link)
         self._stay_started = False
         self._book.place(link.replica.replica_id, now)
         self._submission = link.submit(submit, self, placement)
         self._fingerprint = link.hello.fingerprint
+        self.fingerprint = self._fingerprint.SerializeToString(deterministic=True)
         if self._progress is not moving:
             self._progress = None
 
@@ -230,10 +232,8 @@ class Generation:
         if error.reason == EngineFault.reason and not self._touched and not self._faulted:
             self._faulted = True
             self._place_again(error)
-        elif error.reason == DeadlineExceeded.reason and self._expires_s - now > _DEADLINE_MARGIN_S:
-            self._place_when_ready()  # its deadline was put off while it ran
-        elif refused:
-            self._place_when_ready()
+        elif refused or (error.reason == DeadlineExceeded.reason and self._told_expires_s < self._expires_s):
+            self._place_when_ready()  # a deadline that was put off while it ran is none
         else:
             self.fail(error)
 
