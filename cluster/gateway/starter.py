@@ -82,6 +82,8 @@ class Starter:
     def _enter(self) -> Ticket:
         request = self._request
         num_bytes, num_tokens = input_size(request, max_prompt_bytes=self._max_prompt_bytes)
+        # Who resumes has had the first token, in time or not.
+        has_bound = request.HasField("max_ttft_ms") and not self._resumes
         return self._entry.admission.enter(
             caller=self._caller,
             priority=self._priority,
@@ -89,7 +91,7 @@ class Starter:
             max_tokens=self._sampling.max_tokens,
             n=self._sampling.n,
             deadline_s=self._deadline_s,
-            max_ttft_s=request.max_ttft_ms / 1e3 if request.HasField("max_ttft_ms") else math.inf,
+            max_ttft_s=request.max_ttft_ms / 1e3 if has_bound else math.inf,
             num_tokens=num_tokens if self._num_prompt_tokens is None else self._num_prompt_tokens,
         )
 

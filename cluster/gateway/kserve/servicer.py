@@ -124,10 +124,13 @@ class KServeServicer(open_inference_pb2_grpc.GRPCInferenceServiceServicer):
         ends_on_error = dict(context.invocation_metadata()).get(_ERROR_MODE, "").lower() == "true"
         slots = asyncio.Semaphore(_MAX_PER_STREAM)
         writing = asyncio.Lock()
+        under_way: asyncio.Future[None] | None = None
 
         async def write(response: kserve.ModelStreamInferResponse) -> None:
+            nonlocal under_way
             async with writing:  # gRPC takes one message of a call at a time
-                await context.write(response)
+                under_way = asyncio.ensure_future(context.write(response))
+                await asyncio.shield(under_way)
 
         async def serve(request: kserve.ModelInferRequest) -> None:
             try:
@@ -149,6 +152,9 @@ class KServeServicer(open_inference_pb2_grpc.GRPCInferenceServiceServicer):
                     await slots.acquire()
                     tasks.create_task(serve(request))
         except ExceptionGroup as group:
+            # The others were cancelled, but what gRPC has begun to write it writes; a status can only follow that.
+            if under_way is not None:
+                await asyncio.wait([under_way])
             raise group.exceptions[0] from None
 
     async def _infer(self, request: kserve.ModelInferRequest, write: _Write, remaining_s: float | None) -> None:
