@@ -63,6 +63,10 @@ def serve(
         typer.Option(metavar="ttft:MS,...", help="Targets: ttft, tpot, e2e; P0.ttft:MS for one class alone."),
     ] = "",
     deadline: Annotated[float, typer.Option(min=0, help="Seconds that each request may take.")] = 600.0,
+    grace: Annotated[
+        float | None,
+        typer.Option(min=0, help="After the duration, cut off what runs then.", show_default="wait for it"),
+    ] = None,
     seed: Annotated[int, typer.Option(help="The same seed sends the same requests.")] = 0,
     vocab_size: Annotated[
         int | None, typer.Option(min=1, help="Token ids of prompts are below it.", show_default="the model's, or 1000")
@@ -85,6 +89,7 @@ def serve(
         num_requests=requests,
         warm_up_s=warm_up,
         deadline_s=deadline,
+        grace_s=grace,
     )
     mix = _classes(classes)
     if sum(way is not None for way in (rate, concurrency, trace)) != 1 and not (trace and concurrency and not rate):

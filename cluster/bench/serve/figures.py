@@ -10,7 +10,7 @@ from itertools import pairwise
 
 import numpy as np
 
-from cluster.bench.serve.record import Record
+from cluster.bench.serve.record import CUT_OFF, OK, Record
 from cluster.core.request import Priority
 from cluster.errors import require
 from cluster.sim.report import percentile
@@ -145,7 +145,9 @@ def figures_of(records: Sequence[Record], window: Window, targets: Targets, *, a
         token_share=round(tokens / all_tokens, 4) if all_tokens else 0.0,
         **{f"{measure}_ms": Milliseconds.of(values_s(due, measure)) for measure in MEASURES},
         failed_ms=Milliseconds.of(
-            record.ended_s - record.sent_s for record in due if not record.ok and not record.times_s
+            record.ended_s - record.sent_s
+            for record in due
+            if record.status not in (OK, CUT_OFF) and not record.times_s
         ),
         late_ms=Milliseconds.of(record.sent_s - record.due_s for record in due),
         num_moved=sum(record.num_moves > 0 for record in due),

@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 
 from cluster.bench.serve.arrivals import Closed
 from cluster.bench.serve.load import Load, PlannedRequest, PromptMaker
-from cluster.bench.serve.record import OK, Record
+from cluster.bench.serve.record import CUT_OFF, OK, Record
 from cluster.bench.serve.target import Target, TargetFailure, TargetModel
 from cluster.errors import require
 
@@ -25,17 +25,25 @@ class Limits:
         num_requests: of each load at most; None: no bound.
         warm_up_s: what is due before counts in no figure.
         deadline_s: of each request; a run is over that much after its last one at the latest.
+        grace_s: after ``duration_s``, until what still runs is cut off; None: nothing is.
     """
 
     duration_s: float | None = None
     num_requests: int | None = None
     warm_up_s: float = 0.0
     deadline_s: float = 600.0
+    grace_s: float | None = None
 
     def __post_init__(self) -> None:
         require(self.duration_s is None or self.duration_s > self.warm_up_s, "duration_s", "must exceed warm_up_s")
         require(self.num_requests is None or self.num_requests > 0, "num_requests", "must be positive")
         require(self.deadline_s > 0, "deadline_s", "must be positive")
+        require(self.grace_s is None or self.grace_s >= 0, "grace_s", "must not be negative")
+
+    @property
+    def end_s(self) -> float | None:
+        """When a run is cut off, in seconds from its start; None: it is not."""
+        return None if self.grace_s is None or self.duration_s is None else self.duration_s + self.grace_s
 
 
 @dataclass
@@ -85,7 +93,7 @@ async def run_loads(
     on_start(recording)
     async with asyncio.TaskGroup() as group:
         for index, load in enumerate(loads):
-            sender = _Sender(index, target, recording, prompts, limits.deadline_s)
+            sender = _Sender(index, target, recording, prompts, limits)
             requests = load.requests(seed + index)
             group.create_task(_send(sender, load, requests, limits))
     return recording
@@ -94,14 +102,12 @@ async def run_loads(
 class _Sender:
     """Sends requests of one load and records what becomes of them."""
 
-    def __init__(
-        self, load: int, target: Target, recording: Recording, prompts: PromptMaker, deadline_s: float
-    ) -> None:
+    def __init__(self, load: int, target: Target, recording: Recording, prompts: PromptMaker, limits: Limits) -> None:
         self._load = load
         self._target = target
         self._recording = recording
         self._prompts = prompts
-        self._deadline_s = deadline_s
+        self._limits = limits
 
     def now_s(self) -> float:
         return self._recording.now_s()
@@ -127,14 +133,18 @@ class _Sender:
         recording.num_running += 1
         record.sent_s = recording.sent_until_s = self.now_s()
         try:
-            answer = await self._target.generate(
-                prompt,
-                max_tokens=request.num_new_tokens,
-                priority=request.priority,
-                seed=request.seed,
-                deadline_s=self._deadline_s,
-                on_tokens=on_tokens,
-            )
+            end_s = self._limits.end_s
+            async with asyncio.timeout(None if end_s is None else end_s - record.sent_s):
+                answer = await self._target.generate(
+                    prompt,
+                    max_tokens=request.num_new_tokens,
+                    priority=request.priority,
+                    seed=request.seed,
+                    deadline_s=self._limits.deadline_s,
+                    on_tokens=on_tokens,
+                )
+        except TimeoutError:
+            record.status = CUT_OFF
         except TargetFailure as failure:
             record.status, record.retry_after_s = failure.status, failure.retry_after_s
         else:

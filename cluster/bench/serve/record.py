@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 from cluster.core.request import Priority
 
 OK = "OK"
+CUT_OFF = "CUT OFF (the run was over)"
 
 
 @dataclass(kw_only=True, slots=True)

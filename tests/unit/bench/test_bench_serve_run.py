@@ -69,6 +69,13 @@ async def test_a_closed_loop_ends_when_its_time_is_up():
     assert all(record.due_s < 0.2 for record in recording.records)
 
 
+async def test_what_still_runs_after_the_grace_is_cut_off_and_says_so():
+    target = FakeTarget(delay_s=30.0)
+    recording = await run(target, Rate(per_s=50.0, variation=0.0), duration_s=0.2, grace_s=0.1)
+    assert {record.status for record in recording.records} == {"CUT OFF (the run was over)"}
+    assert (len(recording.records), target.under_way) == (9, 0)
+
+
 async def test_what_came_is_written_down():
     target = FakeTarget(failing=2)
     recording = await run(target, Closed(concurrency=1), num_requests=4)
