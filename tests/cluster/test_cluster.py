@@ -106,6 +106,22 @@ def test_tokens_are_those_of_the_model_in_process(client: Client, checkpoint: Pa
         assert "".join(chunk.text for chunk in chunks) == output.text
 
 
+def complete_over_http(cluster: ServeProcess, prompt: str) -> dict:
+    (url,) = cluster.ready["http_urls"]
+    body = {"model": "single", "prompt": prompt, "max_tokens": 24, "temperature": 0, "ignore_eos": True}
+    request = urllib.request.Request(
+        f"{url}/v1/completions", json.dumps(body).encode(), {"content-type": "application/json"}
+    )
+    with urllib.request.urlopen(request, timeout=60) as response:
+        return json.load(response)["choices"][0]
+
+
+def test_openais_api_gives_the_same_tokens(cluster: ServeProcess, client: Client):
+    sampling = SamplingParams(max_tokens=24, temperature=0.0, ignore_eos=True)
+    expected = client.generate(PROMPTS[1], sampling, model="single").text
+    assert complete_over_http(cluster, PROMPTS[1])["text"] == expected
+
+
 def test_a_repeated_prompt_is_found_and_says_so(client: Client):
     sampling = SamplingParams(max_tokens=8, temperature=0.0, ignore_eos=True)
     prompt = "what comes again is computed once: " * 6
@@ -193,7 +209,7 @@ def test_a_killed_replica_is_rebuilt_and_requests_go_on(cluster: ServeProcess, c
     )
 
 
-def test_a_killed_gateway_comes_back_on_its_port_and_finds_the_replicas(cluster: ServeProcess, client: Client):
+def test_a_killed_gateway_comes_back_on_its_ports_and_finds_the_replicas(cluster: ServeProcess, client: Client):
     (gateway,) = cluster.actors("ServeReplica:cluster:Gateway")
     gateway.kill()
     gateway.wait(10)
@@ -209,3 +225,4 @@ def test_a_killed_gateway_comes_back_on_its_port_and_finds_the_replicas(cluster:
         time.sleep(0.1)
     result = client.generate("a", SamplingParams(max_tokens=3, ignore_eos=True), model="twin")
     assert result.usage.completion_tokens == 3
+    assert complete_over_http(cluster, "a")["finish_reason"] == "length"
