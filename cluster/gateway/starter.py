@@ -56,6 +56,7 @@ class Starter:
         self._deadline_s = deadline_s
         self._max_prompt_bytes = max_prompt_bytes
         self._num_prompt_tokens: int | None = None
+        self._running = False
 
     def begin(self) -> None:
         """Admits it or refuses it at once, and does the rest in a task of its own: where another call joins and this
@@ -72,7 +73,13 @@ class Starter:
                 raise
             ticket = None
         task = asyncio.create_task(self._run(ticket), name=f"start-{self._generation.generation_id}")
+        task.add_done_callback(lambda task: self._leave_unstarted(ticket))
         self._generation.on_end(task.cancel)
+
+    def _leave_unstarted(self, ticket: Ticket | None) -> None:
+        """A task that is cancelled before its first step never runs, so that nobody else leaves with the ticket."""
+        if ticket is not None and not self._running:
+            ticket.leave(0)
 
     @property
     def _resumes(self) -> bool:
@@ -96,6 +103,7 @@ class Starter:
         )
 
     async def _run(self, ticket: Ticket | None) -> None:
+        self._running = True
         try:
             while not await self._start(ticket):
                 await asyncio.sleep(_ASK_AGAIN_S)
