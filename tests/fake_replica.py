@@ -85,6 +85,7 @@ class FakeReplica(replica_pb2_grpc.ReplicaServiceServicer):
         step_s: pace; 0 is as fast as it goes.
         gated: steps only happen when ``allow`` was called.
         exact: whether a submission's emitted tokens must be those of the script.
+        port: to listen on; 0 takes a free one.
 
     Attributes:
         submits, cancels: what came in, in order.
@@ -106,6 +107,8 @@ class FakeReplica(replica_pb2_grpc.ReplicaServiceServicer):
         gated: bool = False,
         fingerprint: replica_pb2.Fingerprint = fingerprint(),  # noqa: B008 - never changed
         exact: bool = True,
+        max_num_batched_tokens: int = 2048,
+        port: int = 0,
     ) -> None:
         self.replica_id = replica_id
         self.submits: list[replica_pb2.Submit] = []
@@ -127,7 +130,7 @@ class FakeReplica(replica_pb2_grpc.ReplicaServiceServicer):
             fingerprint=fingerprint,
             block_size=16,
             max_num_seqs=64,
-            max_num_batched_tokens=2048,
+            max_num_batched_tokens=max_num_batched_tokens,
         )
         self._exact = exact
         self._streams: list[_Stream] = []
@@ -140,7 +143,7 @@ class FakeReplica(replica_pb2_grpc.ReplicaServiceServicer):
         self._draining = False
         self._changed = asyncio.Condition()
         self._server: grpc.aio.Server | None = None
-        self._port = 0
+        self._port = port
 
     @property
     def running(self) -> list[tuple[int, int]]:

@@ -190,11 +190,18 @@ class AdmissionQueue:
         self._rate.advance(now, busy=self.num_ready > 0)
 
     def wait_s(self, request: QueuedRequest) -> float | None:
-        """How long one that waits has to wait yet, as things stand; None: not known."""
-        if len(self) == 1:
+        """How long one that waits has to wait yet, as things stand; None: not known.
+
+        Where others wait too it is no less than one of them takes: there is no room now, and whoever has it goes first.
+        """
+        num_requests = len(self)
+        if num_requests == 1:
             return 0.0
-        forecast = self._forecast(request)
-        return None if forecast is None else forecast[0]
+        rate, forecast = self.tokens_per_s, self._forecast(request)
+        if rate is None or forecast is None:
+            return None
+        num_tokens = sum(queue.num_tokens for queue in self._queues.values())
+        return max(forecast[0], num_tokens / num_requests / rate)
 
     def position(self, request: QueuedRequest) -> int:
         """How many go before one that waits, as things stand."""

@@ -7,7 +7,7 @@ from collections import Counter
 from typing import Any
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from cluster.core.admission import AdmissionQueue
@@ -222,10 +222,10 @@ def test_waits_are_forecast_by_the_measured_rate():
     assert queue.wait_s(last) == pytest.approx(5.0, rel=0.05)
     assert queue.position(last) == 50
     urgent = add(queue, P0, now=now)
-    assert queue.wait_s(urgent) == 0.0
+    assert queue.wait_s(urgent) == pytest.approx(0.1, rel=0.05)  # whoever goes next
     low = add(queue, P3, now=now)
     queue.remove(urgent, now)
-    assert queue.wait_s(low) == 0.0
+    assert queue.wait_s(low) == pytest.approx(0.1, rel=0.05)
     assert queue.wait_s(add(queue, P3, now=now)) == pytest.approx(10 / 10.0, rel=0.05)  # a tenth of the rate
 
 
@@ -282,6 +282,7 @@ _REQUESTS = st.tuples(
 _OTHERS = st.tuples(st.sampled_from(["pop", "remove", "resize", "settle"]), st.integers(0, 10**6), st.integers(1, 200))
 
 
+@settings(deadline=None)
 @given(st.lists(st.one_of(_REQUESTS, _REQUESTS, _OTHERS), min_size=20, max_size=120))
 def test_the_bounds_hold_whatever_comes_and_nobody_is_lost(operations: list[tuple[Any, ...]]):
     queue = create_queue(max_queued_requests=12, max_queued_tokens=500)
