@@ -23,12 +23,10 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
-import grpc
 import numpy as np
 import uvloop
-from grpc_health.v1 import health_pb2, health_pb2_grpc
 from lean_client import LeanConnection
-from plain_process import PlainProcess, engines, gateway
+from plain_process import PlainProcess, engines, gateway, wait_serving
 from stamp import report
 
 from cluster.v1 import inference_pb2
@@ -88,10 +86,7 @@ def steady() -> Iterator[None]:
 
 async def connect(gateway_process: PlainProcess) -> list[LeanConnection]:
     """Connections to a gateway that serves."""
-    async with grpc.aio.insecure_channel(gateway_process.address) as channel, asyncio.timeout(30):
-        async for health in health_pb2_grpc.HealthStub(channel).Watch(health_pb2.HealthCheckRequest()):
-            if health.status == health_pb2.HealthCheckResponse.SERVING:
-                break
+    await wait_serving(gateway_process.address)
     return [await LeanConnection.open(gateway_process.address) for _ in range(_NUM_CONNECTIONS)]
 
 

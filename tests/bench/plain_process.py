@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import asyncio
 import signal
 import subprocess
 import sys
 from collections.abc import Sequence
 from pathlib import Path
 
+import grpc
 import psutil
+from grpc_health.v1 import health_pb2, health_pb2_grpc
 
 _HERE = Path(__file__).parent
 
@@ -68,6 +71,14 @@ class PlainProcess:
         """SIGKILL: no last words."""
         self._child.kill()
         self._child.wait()
+
+
+async def wait_serving(address: str, timeout_s: float = 60.0) -> None:
+    """Returns when the gateway there has ready replicas."""
+    async with grpc.aio.insecure_channel(address) as channel, asyncio.timeout(timeout_s):
+        async for health in health_pb2_grpc.HealthStub(channel).Watch(health_pb2.HealthCheckRequest()):
+            if health.status == health_pb2.HealthCheckResponse.SERVING:
+                return
 
 
 def engines(*options: Sequence[object]) -> list[PlainProcess]:
