@@ -79,11 +79,24 @@ class Admission:
         """What waits, by class."""
         return self._queue.backlog(self._clock())
 
+    def allow(self, caller: Caller, asked: Priority | None) -> Priority:
+        """The class of a request that asks for this one; None: for none in particular.
+
+        Raises:
+            Forbidden: the caller may not use the model or the class.
+        """
+        self._tenants.check_model(caller, self._model)
+        return self._tenants.priority(caller, asked)
+
+    def max_e2e_s(self, priority: Priority) -> float:
+        """How long a request of the class may take; infinite: as long as it likes."""
+        return self._classes[priority].max_e2e_s
+
     def enter(
         self,
         *,
         caller: Caller,
-        priority: Priority | None,
+        priority: Priority,
         num_bytes: int,
         max_tokens: int | None,
         n: int = 1,
@@ -95,7 +108,7 @@ class Admission:
 
         Args:
             caller: who sends it.
-            priority: the class that it asks for; None: none in particular.
+            priority: its class, which ``allow`` has let pass.
             num_bytes: of its text.
             max_tokens: of each completion; None: as many as the context holds.
             n: completions.
@@ -104,14 +117,10 @@ class Admission:
             num_tokens: of its prompt, where that is known without tokenizing.
 
         Raises:
-            Forbidden: the caller may not use the model or the class.
             QuotaExceeded: its tenant has used up a quota.
             Overloaded: too much waits, or it would wait longer than it may.
         """
         now = self._clock()
-        self._tenants.check_model(caller, self._model)
-        priority = self._tenants.priority(caller, priority)
-        deadline_s = min(deadline_s, self._classes[priority].max_e2e_s)
         if num_tokens is None:
             num_prompt_tokens = self._bytes_per_token.num_tokens(num_bytes)
         else:
@@ -230,11 +239,6 @@ class Ticket:
         self._has_left = False
         self._refusal: ClusterError | None = None
         self._waiter: asyncio.Future[None] | None = None
-
-    @property
-    def priority(self) -> Priority:
-        """The class that it is in."""
-        return self.request.priority
 
     @property
     def position(self) -> int:

@@ -60,12 +60,15 @@ class RequestPath:
         started_s = time.monotonic()
         outcome, model = "OK", ""
         try:
-            sampling, priority = _checked(request, streams)
+            sampling, asked = _checked(request, streams)
             entry = self._catalog.serving(request.model)
             model = entry.name
             caller = current_caller()
+            priority = entry.admission.allow(caller, asked)
             deadline_s = min(
-                self._config.default_deadline_s if remaining_s is None else remaining_s, self._config.max_deadline_s
+                self._config.default_deadline_s if remaining_s is None else remaining_s,
+                self._config.max_deadline_s,
+                entry.admission.max_e2e_s(priority),
             )
             generation, is_new = self._table.open(_key_of(request, caller.tenant))
             reader = Reader(

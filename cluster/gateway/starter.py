@@ -9,7 +9,7 @@ from collections.abc import Sequence
 
 from cluster.core.request import Priority, SamplingParams
 from cluster.core.routing import Placement
-from cluster.errors import ModelWarming, Overloaded
+from cluster.errors import ModelWarming, Overloaded, QuotaExceeded
 from cluster.gateway.admission import Ticket
 from cluster.gateway.caller import Caller
 from cluster.gateway.catalog import CatalogEntry
@@ -21,6 +21,7 @@ from cluster.text.text_stream import TextStream
 from cluster.v1 import inference_pb2, replica_pb2
 from cluster.wire import priority_to_proto, sampling_to_proto
 
+_NO_ROOM = (Overloaded, QuotaExceeded)
 _ASK_AGAIN_S = 0.25  # a resumed stream that finds the queue full
 
 
@@ -30,7 +31,7 @@ class Starter:
     Args:
         caller: who asks.
         sampling: as the request has it.
-        priority: the class that it asks for; None: none in particular.
+        priority: its class, which the caller may use.
         deadline_s: until its deadline.
         max_prompt_bytes: a larger input is refused.
     """
@@ -43,7 +44,7 @@ class Starter:
         *,
         caller: Caller,
         sampling: SamplingParams,
-        priority: Priority | None,
+        priority: Priority,
         deadline_s: float,
         max_prompt_bytes: int,
     ) -> None:
@@ -68,7 +69,7 @@ class Starter:
         """
         try:
             ticket = self._enter()
-        except Overloaded:
+        except _NO_ROOM:
             if not self._resumes:
                 raise
             ticket = None
@@ -116,14 +117,14 @@ class Starter:
         generation = self._generation
         try:
             ticket = ticket or self._enter()
-        except Overloaded:
+        except _NO_ROOM:
             return False  # only one that resumes comes here without a ticket
         try:
             submit, sampling, placement = await self._prepare()
             ticket.count(placement)
             generation.report(lambda: self._progress(ticket))
             await ticket.turn()
-        except Overloaded:
+        except _NO_ROOM:
             ticket.leave(0)
             if self._resumes:
                 return False
@@ -134,7 +135,7 @@ class Starter:
         generation.on_end(
             lambda: ticket.leave(generation.num_new_tokens, cached_tokens=generation.ledger().cached_tokens)
         )
-        submit.priority = priority_to_proto(ticket.priority)
+        submit.priority = priority_to_proto(self._priority)
         generation.start(
             submit,
             resumed_candidates(
@@ -144,7 +145,7 @@ class Starter:
             ),
             model=self._entry.name,
             balancer=self._entry.balancer,
-            placement=dataclasses.replace(placement, priority=ticket.priority),
+            placement=dataclasses.replace(placement, priority=self._priority),
             fingerprint=fingerprint_of(self._request.resume),
         )
         return True

@@ -3,19 +3,19 @@
 from __future__ import annotations
 
 import asyncio
-import json
 from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
 import grpc
 import pytest
-from fake_replica import EOS, SECRET, VOCAB_SIZE, FakeReplica
+from byte_checkpoint import write_byte_checkpoint
+from fake_replica import SECRET, FakeReplica
 from google.rpc import error_details_pb2
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 from grpc_status import rpc_status
-from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
 
+from cluster.core.config import ClassesConfig
 from cluster.gateway.config import GatewayConfig
 from cluster.gateway.server import Gateway, ReplicaAddress, ServedModel
 from cluster.observability.metrics import Metric
@@ -25,35 +25,10 @@ CONNECTING = inference_pb2.REPLICA_STATE_CONNECTING
 READY = inference_pb2.REPLICA_STATE_READY
 DRAINING = inference_pb2.REPLICA_STATE_DRAINING
 
-CHAT_TEMPLATE = "{% for m in messages %}{{ m['role'] }}: {{ m['content'] }}\n{% endfor %}assistant:"
-
 
 @pytest.fixture(scope="session")
 def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A byte-level tokenizer without merges: token id = byte, 256 is the end of text."""
-    directory = tmp_path_factory.mktemp("checkpoint")
-    # Byte-level BPE spells the printable bytes as themselves and the others from 256 on.
-    printable = [*range(ord("!"), ord("~") + 1), *range(ord("¡"), ord("¬") + 1), *range(ord("®"), ord("ÿ") + 1)]
-    others = [byte for byte in range(256) if byte not in printable]
-    spelling = {byte: chr(byte) for byte in printable} | {byte: chr(256 + i) for i, byte in enumerate(others)}
-    tokenizer = Tokenizer(models.BPE(vocab={spelling[byte]: byte for byte in range(256)}, merges=[]))
-    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
-    tokenizer.decoder = decoders.ByteLevel()
-    tokenizer.add_special_tokens([AddedToken("<|end|>", special=True)])
-    tokenizer.save(str(directory / "tokenizer.json"))
-    (directory / "tokenizer_config.json").write_text(
-        json.dumps(
-            {
-                "tokenizer_class": "PreTrainedTokenizerFast",
-                "eos_token": "<|end|>",
-                "chat_template": CHAT_TEMPLATE,
-            }
-        )
-    )
-    (directory / "config.json").write_text(
-        json.dumps({"model_type": "llama", "vocab_size": VOCAB_SIZE, "eos_token_id": EOS})
-    )
-    return directory
+    return write_byte_checkpoint(tmp_path_factory.mktemp("checkpoint"))
 
 
 class RecordingSink:
@@ -142,6 +117,7 @@ async def create_setup(checkpoint: Path) -> AsyncIterator[CreateSetup]:
         models: Sequence[str] = ("test",),
         secret: str = SECRET,
         ready: bool = True,
+        classes: ClassesConfig | None = None,
         **config: object,
     ) -> Setup:
         metrics = RecordingSink()
@@ -149,6 +125,7 @@ async def create_setup(checkpoint: Path) -> AsyncIterator[CreateSetup]:
             GatewayConfig(**{"port": 0, "http_port": None} | config),
             [ServedModel(name, checkpoint) for name in models],
             secret=secret,
+            classes=classes,
             metrics=metrics,
         )
         port = await gateway.start()

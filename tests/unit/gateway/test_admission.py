@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import math
 from collections.abc import AsyncIterator, Callable, Sequence
 from typing import Any
 
@@ -78,7 +79,7 @@ class Gate:
         )
         self.placed: list[str] = []
 
-    def enter(self, priority: Priority | None = P1, tenant: str = "", **request: Any) -> Ticket:
+    def enter(self, priority: Priority = P1, tenant: str = "", **request: Any) -> Ticket:
         caller = Caller(tenant=tenant)
         return self.admission.enter(
             **{"priority": priority, "caller": caller, "num_bytes": 0, "num_tokens": 10, "max_tokens": 10, **request}
@@ -223,11 +224,10 @@ async def test_the_deadline_ends_the_wait():
     assert gate.waiting() == 0
 
 
-async def test_a_class_limits_the_deadline():
+async def test_a_class_limits_how_long_a_request_may_take():
     gate = Gate(classes=ClassesConfig(p1=ClassConfig(share=0.3, max_e2e_ms=2000)))
-    assert gate.enter(P1, deadline_s=60).deadline == gate.now + 2
-    assert gate.enter(P1, deadline_s=1).deadline == gate.now + 1
-    assert gate.enter(P0, deadline_s=60).deadline == gate.now + 60
+    assert gate.admission.max_e2e_s(P1) == 2.0
+    assert gate.admission.max_e2e_s(P0) == math.inf
 
 
 async def drained(gate: Gate, num: int, *, tokens_per_s: float) -> None:
@@ -326,21 +326,23 @@ async def test_a_request_that_is_refused_for_lack_of_room_costs_no_quota():
 
 
 async def test_a_tenant_has_its_models_and_classes():
-    gate = Gate(tenants=[TenantConfig(name="batch", max_priority="P2"), TenantConfig(name="other", models=("big",))])
+    allow = Gate(
+        tenants=[TenantConfig(name="batch", max_priority="P2"), TenantConfig(name="other", models=("big",))]
+    ).admission.allow
     with pytest.raises(Forbidden) as caught:
-        gate.enter(P1, tenant="batch")
+        allow(Caller(tenant="batch"), P1)
     assert caught.value.field == "priority"
-    assert gate.enter(None, tenant="batch").priority is P2
-    assert gate.enter(P3, tenant="batch").priority is P3
-    assert gate.enter(None).priority is P1
+    assert allow(Caller(tenant="batch"), None) is P2
+    assert allow(Caller(tenant="batch"), P3) is P3
+    assert allow(Caller(), None) is P1
+    assert allow(Caller(), P0) is P0
     with pytest.raises(Forbidden, match="'demo'") as caught:
-        gate.enter(tenant="other")
+        allow(Caller(tenant="other"), None)
     assert caught.value.field == "model"
     with pytest.raises(Forbidden):
-        gate.enter(caller=Caller(models=frozenset({"big"})))
+        allow(Caller(models=frozenset({"big"})), None)
     with pytest.raises(Forbidden):
-        gate.enter(P0, caller=Caller(max_priority=P1))
-    assert gate.waiting() == 3
+        allow(Caller(max_priority=P1), P0)
 
 
 async def test_each_gateway_enforces_its_part():

@@ -8,11 +8,12 @@ from collections.abc import Callable
 
 import grpc
 import pytest
-from fake_replica import FakeReplica
+from fake_replica import FakeReplica, letters
 from gateway_setup import CreateSetup, Setup, collect, failure, request
 
-from cluster.core.config import AdmissionConfig, TenantConfig
+from cluster.core.config import AdmissionConfig, ClassConfig, ClassesConfig, TenantConfig
 from cluster.v1 import inference_pb2 as pb
+from cluster.v1 import replica_pb2
 
 P0, P1, P3 = pb.PRIORITY_P0, pb.PRIORITY_P1, pb.PRIORITY_P3
 PROMPT = pb.TokenIds(ids=[97] * 16)
@@ -184,3 +185,31 @@ async def test_a_model_that_is_not_the_tenants_is_refused(create_setup: CreateSe
     setup = await create_setup(FakeReplica(), tenants=(TenantConfig(name="*", models=("other",)),))
     refused = await failure(setup.stub.Generate(request(token_ids=PROMPT)))
     assert (refused.code, refused.field) == (grpc.StatusCode.PERMISSION_DENIED, "model")
+
+
+async def test_a_class_limits_how_long_a_request_may_take(create_setup: CreateSetup):
+    classes = ClassesConfig(p1=ClassConfig(share=0.3, max_e2e_ms=300))
+    setup = await create_setup(FakeReplica(gated=True), classes=classes)
+    late = await failure(setup.stub.Generate(request(), timeout=20))
+    assert late.code is grpc.StatusCode.DEADLINE_EXCEEDED
+    patient = asyncio.ensure_future(setup.stub.Generate(request(priority=P3), timeout=20))
+    await asyncio.sleep(0.4)
+    await setup.replica.allow(100)
+    await patient
+
+
+async def test_a_resumed_stream_waits_where_others_are_refused(create_setup: CreateSetup):
+    calls = await create_calls(create_setup, admission=AdmissionConfig(max_queued_requests=1))
+    await calls.send(P1)
+    await calls.settled(at_replica=1, queued=1)
+    assert (await failure(calls.setup.stub.Generate(request(token_ids=PROMPT)))).reason == "OVERLOADED"
+    emitted = letters(replica_pb2.Submit(sampling=pb.SamplingParams(seed=7, max_tokens=8)), 0)[:3]
+    resume = pb.Resume(
+        generation_id="gen-1", seed=7, sequence=3, candidates=[pb.ResumedCandidate(index=0, token_ids=emitted)]
+    )
+    stream = asyncio.ensure_future(
+        collect(calls.setup.stub.GenerateStream(request(token_ids=PROMPT, resume=resume), timeout=20))
+    )
+    await asyncio.sleep(0.1)
+    await calls.finish()
+    assert sum(len(chunk.token_ids) for chunk in await stream) == 5
