@@ -1,4 +1,4 @@
-"""Gateways in front of real engines whose model is a fake one, all over real gRPC; after each test nothing is left of it."""
+"""Gateways in front of real engines with a fake model, all over real gRPC; after each test nothing is left of it."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ import threading
 from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from pathlib import Path
 
+import aiohttp
 import grpc
 import pytest
 from fakes import FakeExecutor, draw_token
@@ -186,7 +187,7 @@ class FrontGateway:
 
     async def wait_states(self, *states: int) -> None:
         async with asyncio.timeout(20):
-            while tuple(await self.states()) != states:
+            while tuple(await self.states()) != states:  # noqa: ASYNC110 - it is asked over the wire
                 await asyncio.sleep(0.005)
 
     def num_queued(self) -> int:
@@ -290,17 +291,23 @@ def _num_descriptors() -> int:
     return len(os.listdir("/proc/self/fd"))
 
 
+async def _warm_up(checkpoint: Path) -> None:
+    """Has everything made that is made once per process and stays, such as grpc's own pipes."""
+    cluster = await FaultCluster(checkpoint).start([EngineReplica()], http_port=0)
+    await cluster.stub.Generate(ask("warm"))
+    url = f"http://127.0.0.1:{cluster.front.gateway.http_port}/health"
+    async with aiohttp.ClientSession() as session, session.get(url) as response:
+        assert response.status == 200
+    await cluster.stop()
+
+
 CreateFaults = Callable[..., Awaitable[FaultCluster]]
 
 
 @pytest.fixture
 async def create_faults(checkpoint: Path) -> AsyncIterator[CreateFaults]:
     """Starts a gateway in front of replicas. Before the test ends, everything must have come back to where it was."""
-    # Whatever is made once per process and stays, such as grpc's own pipes and the threads that tokenize.
-    warm = await FaultCluster(checkpoint).start([EngineReplica()])
-    await warm.stub.Generate(ask("warm"))
-    await warm.stop()
-    del warm
+    await _warm_up(checkpoint)
     baseline = Baseline()
     clusters: list[FaultCluster] = []
 
@@ -315,7 +322,7 @@ async def create_faults(checkpoint: Path) -> AsyncIterator[CreateFaults]:
     await baseline.check()
 
 
-# -- what is asked for ---------------------------------------------------------------------------------------------------
+# -- what is asked for -----------------------------------------------------------------------------------------------
 
 
 def ask(prompt: str | Sequence[int] = PROMPT, **fields: object) -> pb.GenerateRequest:
@@ -337,7 +344,7 @@ def expected(
 ) -> list[int]:
     """The tokens that the fake model draws, wherever and in whatever company."""
     sampling = request.sampling
-    start = num_prompt_tokens or len(request.token_ids.ids) or len(request.prompt.encode())
+    start = len(request.token_ids.ids) or len(request.prompt.encode())
     return [
         draw_token(sampling.seed, candidate_index, start + index, VOCAB_SIZE) for index in range(sampling.max_tokens)
     ]

@@ -78,8 +78,8 @@ async def test_who_is_cancelled_in_the_gateways_queue_is_never_sent(create_fault
 async def test_who_is_cancelled_in_decode_is_in_no_step_after_it(
     create_faults: CreateFaults, how: str, max_in_flight: int
 ):
-    """Client cancels in decode: work ends within one step, blocks are freed. What the steps under way yield for it comes
-    late, and is ignored: a late result for an aborted id."""
+    """Client cancels in decode: work ends within one step, blocks are freed. What the steps under way yield for it is a
+    late result for an aborted id, and is ignored."""
     cluster = await create_faults(gated(max_in_flight=max_in_flight))
     leaver, other = (Stream(cluster.front, ask(max_tokens=30, seed=seed, request_id=f"{seed}")) for seed in (1, 2))
     await until(lambda: cluster.replica.num_submissions == 2)
