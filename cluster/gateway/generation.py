@@ -44,6 +44,7 @@ class Generation:
     Attributes:
         error: why it ended before its time.
         seed, num_prompt_tokens: known once it has started.
+        fingerprint: of the replica that made its last tokens, as bytes; empty before there are any.
 
     Args:
         metrics: gets times to first token and between tokens.
@@ -55,6 +56,7 @@ class Generation:
         self.candidates: list[Candidate] = []
         self.num_prompt_tokens = 0
         self.seed = 0
+        self.fingerprint = b""
         self._readers: list[Reader] = []
         self._model = ""
         self._metrics = metrics
@@ -209,6 +211,7 @@ class Generation:
 
     def _begin_stay(self, now: float) -> None:
         self._stay_started = True
+        self.fingerprint = self._fingerprint.SerializeToString()
         self._num_losses = 0
         self._progress = None
         self._book.start(now)

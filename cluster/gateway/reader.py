@@ -60,6 +60,7 @@ class Reader:
         self._max_unread_tokens = max_unread_tokens
         self._sequence = first_sequence
         self._sent_seed = False
+        self._sent_fingerprint = b""
         self._reported: inference_pb2.Progress | None = None
         self._places: list[_Place] = []
         self._waiter: asyncio.Future[None] | None = None
@@ -207,6 +208,8 @@ class Reader:
         if not self._sent_seed:
             self._sent_seed = True
             chunk.seed = generation.seed
+        if self._sent_fingerprint != generation.fingerprint:
+            self._sent_fingerprint = chunk.fingerprint = generation.fingerprint
         if candidate.finish_reason:
             place.ended = True
             chunk.finish_reason = candidate.finish_reason
