@@ -36,6 +36,7 @@ class UnstartedWork:
         self._num_tokens = 0
         self._prompts: dict[int, _Prompt] = {}
         self._num_by_class: Counter[Priority] = Counter()
+        self._uncached_by_class: Counter[Priority] = Counter()
         self._tokens_by_class: Counter[Priority] = Counter()
 
     def __len__(self) -> int:
@@ -51,6 +52,7 @@ class UnstartedWork:
         )
         self._prompts[submission_id] = prompt
         self._num_by_class[prompt.priority] += 1
+        self._uncached_by_class[prompt.priority] += prompt.num_uncached_tokens
         self._tokens_by_class[prompt.priority] += prompt.num_uncached_tokens
         self.num_uncached_tokens += prompt.num_uncached_tokens
         self._num_tokens += prompt.num_tokens
@@ -61,6 +63,7 @@ class UnstartedWork:
         if prompt is None:
             return False
         self._num_by_class[prompt.priority] -= 1
+        self._uncached_by_class[prompt.priority] -= prompt.num_uncached_tokens
         self._tokens_by_class[prompt.priority] -= prompt.num_uncached_tokens
         self.num_uncached_tokens -= prompt.num_uncached_tokens
         self._num_tokens -= prompt.num_tokens
@@ -75,14 +78,15 @@ class UnstartedWork:
             or self._num_by_class[priority] == 0
         )
 
-    def backlog_tokens(self, queued_tokens: int) -> int:
-        """Prompt tokens that would be computed before those of a new request.
+    def backlog_tokens(self, priority: Priority, queued_tokens: int) -> int:
+        """Prompt tokens that would be computed before those of a new request of this class.
 
         Args:
             queued_tokens: prompt tokens not yet computed, of all senders, as the replica says. What of it is not ours
-                is counted whole, for how much of that is cached is not known here.
+                is counted whole: of which class it is, and how much of it is cached, is not known here.
         """
-        return self.num_uncached_tokens + max(queued_tokens - self._num_tokens, 0)
+        ours = sum(num_tokens for each, num_tokens in self._uncached_by_class.items() if each <= priority)
+        return ours + max(queued_tokens - self._num_tokens, 0)
 
     def match(self, block_hashes: Sequence[int]) -> int:
         """How many of a prompt's blocks, from its first one on, are about to be computed for another."""

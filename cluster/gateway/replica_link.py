@@ -9,7 +9,6 @@ import asyncio
 import hashlib
 import itertools
 import logging
-import math
 import random
 import time
 from collections.abc import Callable
@@ -17,32 +16,17 @@ from dataclasses import dataclass
 
 import grpc
 
-from cluster.core.prefix_index import PrefixIndex
+from cluster.core.replica_view import ReplicaView
 from cluster.core.request import Priority
 from cluster.core.routing import Placement, ReplicaSnapshot
-from cluster.core.unstarted_work import UnstartedWork
 from cluster.errors import EngineFault, ReplicaLost, error_from_reason
+from cluster.gateway.replica_channel import open_replica_channel
 from cluster.gateway.submission import Submission, SubmissionSink
 from cluster.v1 import inference_pb2, replica_pb2, replica_pb2_grpc
 from cluster.wire import PROTOCOL_VERSION, SECRET_KEY, priority_from_proto
 
-# What a replica's certificate names: all of a cluster show the same one, whatever their addresses are.
-REPLICA_TLS_NAME = "replica.cluster"
-
 _MIN_BACKOFF_S = 0.05
 _MAX_BACKOFF_S = 2.0
-_WINDOW_STEPS = 2  # of prompts at a replica that have not begun: one is computed, one waits
-_CHANNEL_OPTIONS = (
-    ("grpc.max_send_message_length", -1),
-    ("grpc.max_receive_message_length", -1),
-    # Each attempt connects at once: the link has its own backoff, and a shared subchannel would add a second one.
-    ("grpc.use_local_subchannel_pool", 1),
-    ("grpc.enable_retries", 0),
-    # A host that vanishes closes no socket, nor does a process that is stopped; pings find out.
-    ("grpc.keepalive_time_ms", 10_000),
-    ("grpc.keepalive_timeout_ms", 5_000),
-    ("grpc.http2.max_pings_without_data", 0),
-)
 
 logger = logging.getLogger(__name__)
 
@@ -61,12 +45,11 @@ class ReplicaLink:
     Attributes:
         hello: what the replica said of itself when it was met last; None before.
         load: what it has said of its load last.
-        fingerprint: of ``hello``, short; equal for replicas of equal fingerprints.
         outstanding_tokens: prompt and completion tokens that this gateway sent it and that are not done.
         held: whether an operator has taken it out of service.
 
     Args:
-        credentials: of a TLS channel, whose certificate names REPLICA_TLS_NAME; None: no TLS.
+        credentials: of TLS, see ``open_replica_channel``; None: no TLS.
         on_change: called when ``ready`` may have changed.
         on_room: called when less has been sent that has not begun.
         on_outcome: called with what a request's end, or its first token, says of the replica; None: nothing.
@@ -87,7 +70,6 @@ class ReplicaLink:
         self.replica = replica
         self.hello: replica_pb2.ReplicaHello | None = None
         self.load = replica_pb2.ReplicaLoad()
-        self.fingerprint = ""
         self.outstanding_tokens = 0
         self.held = False
         self._model = model
@@ -97,8 +79,7 @@ class ReplicaLink:
         self._on_change = on_change
         self._on_room = on_room
         self._on_outcome = on_outcome
-        self._cached = PrefixIndex()
-        self._unstarted = UnstartedWork()
+        self._view = ReplicaView(replica.replica_id)
         self._connected_s = 0.0
         self._questions: dict[int, asyncio.Future[bool]] = {}
         self._submissions: dict[int, Submission] = {}
@@ -136,36 +117,12 @@ class ReplicaLink:
         Args:
             weight: which part of the usual may be under way.
         """
-        window_tokens = _WINDOW_STEPS * self.hello.max_num_batched_tokens or math.inf
-        return self._unstarted.has_room(priority, weight * window_tokens)
-
-    def cached_tokens(self, placement: Placement) -> int:
-        """How much of a prompt will not have to be computed: found in the replica's cache, or about to be there.
-
-        Its last token always is: its logits are wanted.
-        """
-        hashes = placement.block_hashes
-        if not hashes:
-            return 0
-        num_blocks = max(self._cached.match(hashes), self._unstarted.match(hashes))
-        return min(num_blocks * self.hello.block_size, placement.num_prompt_tokens - 1)
+        return self._view.has_room(priority, weight)
 
     def snapshot(self, placement: Placement) -> ReplicaSnapshot:
-        """The replica as routing sees it, for one request. It has been met."""
-        hello, load = self.hello, self.load
-        return ReplicaSnapshot(
-            replica_id=self.replica.replica_id,
-            ready=self.ready,
-            outstanding_tokens=self.outstanding_tokens,
-            group=hello.group,
-            model_digest=hello.fingerprint.model_digest,
-            fingerprint=self.fingerprint,
-            ready_s=self.ready_s,
-            backlog_tokens=self._unstarted.backlog_tokens(load.queued_tokens),
-            cached_tokens=self.cached_tokens(placement),
-            step_s=load.step_s,
-            prompt_token_s=load.prompt_token_s,
-            max_num_batched_tokens=hello.max_num_batched_tokens,
+        """The replica as routing sees it, for one request."""
+        return self._view.snapshot(
+            placement, outstanding_tokens=self.outstanding_tokens, ready=self.ready, ready_s=self.ready_s
         )
 
     def status(self, *, ejected: bool) -> inference_pb2.ReplicaStatus:
@@ -188,7 +145,7 @@ class ReplicaLink:
             kv_usage=1 - load.free_blocks / load.num_blocks if load.num_blocks else 0.0,
             device=hello.device,
             group=hello.group,
-            fingerprint=self.fingerprint,
+            fingerprint=self._view.fingerprint,
         )
 
     # -- work ---------------------------------------------------------------------------------------------------------
@@ -211,7 +168,7 @@ class ReplicaLink:
                 max_tokens=message.sampling.max_tokens,
                 priority=priority_from_proto(message.priority) or Priority.P1,
             )
-        self._unstarted.add(submission.id, placement, self.cached_tokens(placement))
+        self._view.send(submission.id, placement)
         self._outbox.submits.append(message)
         self._outbox_filled.set()
         return submission
@@ -268,7 +225,7 @@ class ReplicaLink:
     def _forget(self, submission: Submission) -> None:
         self.outstanding_tokens -= submission.outstanding_tokens
         del self._submissions[submission.id]
-        if self._unstarted.remove(submission.id):
+        if self._view.begin(submission.id):
             if self._connected:
                 self._on_outcome(self, None)
             self._on_room()
@@ -312,7 +269,7 @@ class ReplicaLink:
             hello=replica_pb2.GatewayHello(gateway_id=self._gateway_id, protocol_version=PROTOCOL_VERSION)
         )
         self._outbox_filled.set()
-        async with self._open_channel() as channel:
+        async with open_replica_channel(self.replica.address, self._credentials) as channel:
             call = replica_pb2_grpc.ReplicaServiceStub(channel).Connect(metadata=((SECRET_KEY, self._secret),))
             writer = asyncio.create_task(self._write_frames(call))
             try:
@@ -326,12 +283,6 @@ class ReplicaLink:
                 writer.cancel()
                 call.cancel()
                 await asyncio.wait([writer])
-
-    def _open_channel(self) -> grpc.aio.Channel:
-        if self._credentials is None:
-            return grpc.aio.insecure_channel(self.replica.address, options=_CHANNEL_OPTIONS)
-        options = (*_CHANNEL_OPTIONS, ("grpc.ssl_target_name_override", REPLICA_TLS_NAME))
-        return grpc.aio.secure_channel(self.replica.address, self._credentials, options=options)
 
     async def _write_frames(self, call: grpc.aio.StreamStreamCall) -> None:
         """Sends what has gathered since the last write, until the stream breaks (the reader says why)."""
@@ -351,8 +302,15 @@ class ReplicaLink:
         if hello.model != self._model:
             raise EngineFault(f"it serves {hello.model!r}, not {self._model!r}")
         self.hello = hello
-        self.load = frame.load
-        self.fingerprint = short_fingerprint(hello.fingerprint)
+        self._view = ReplicaView(
+            self.replica.replica_id,
+            block_size=hello.block_size,
+            max_num_batched_tokens=hello.max_num_batched_tokens,
+            group=hello.group,
+            model_digest=hello.fingerprint.model_digest,
+            fingerprint=short_fingerprint(hello.fingerprint),
+        )
+        self._hear(frame.load)
         self._connected = True
         self._connected_s = time.monotonic()
         self._reported = False
@@ -363,7 +321,7 @@ class ReplicaLink:
         # Before the deltas: a prompt is in the cache before it leaves the prompts that are about to be.
         if frame.HasField("cached_blocks"):
             blocks = frame.cached_blocks
-            self._cached.apply(reset=blocks.reset, added=blocks.added, removed=blocks.removed)
+            self._view.hear_of_blocks(reset=blocks.reset, added=blocks.added, removed=blocks.removed)
         num_started = 0
         for delta in frame.deltas:
             submission = submissions.get(delta.id)
@@ -372,7 +330,7 @@ class ReplicaLink:
                 continue
             if not submission.started:
                 submission.started = True
-                self._unstarted.remove(submission.id)
+                self._view.begin(submission.id)
                 self._on_outcome(self, True)
                 num_started += 1
             finished = delta.finish_reason != 0
@@ -381,7 +339,8 @@ class ReplicaLink:
                 self._forget(submission)
             submission.sink.on_tokens(delta)
         # Before the failures: what fails here goes elsewhere, and must not come back to a replica that is dying.
-        was_draining, self.load = self.load.draining, frame.load
+        was_draining = self.load.draining
+        self._hear(frame.load)
         if was_draining != frame.load.draining:
             self._on_change()
         for failure in frame.failures:
@@ -395,9 +354,16 @@ class ReplicaLink:
         if num_started:
             self._on_room()
 
+    def _hear(self, load: replica_pb2.ReplicaLoad) -> None:
+        self.load = load
+        # Of what runs, the next token is not computed either.
+        self._view.queued_tokens = max(load.queued_tokens - load.running, 0)
+        self._view.step_s = load.step_s
+        self._view.prompt_token_s = load.prompt_token_s
+
     def _fail(self, submission: Submission, failure: replica_pb2.Failure) -> None:
         if failure.reason == EngineFault.reason:
-            self._unstarted.remove(submission.id)
+            self._view.begin(submission.id)
             self._on_outcome(self, False)
         self._forget(submission)
         if failure.reason == ReplicaLost.reason:
@@ -410,8 +376,7 @@ class ReplicaLink:
         questions, self._questions = self._questions, {}
         self.outstanding_tokens = 0
         self.load = replica_pb2.ReplicaLoad()
-        self._cached = PrefixIndex()
-        self._unstarted = UnstartedWork()
+        self._view = ReplicaView(self.replica.replica_id)
         if lost:
             self._on_outcome(self, False)
         self._on_change()

@@ -11,7 +11,7 @@ from cryptography.hazmat.primitives import hashes
 from cryptography.hazmat.primitives.asymmetric import ec
 from cryptography.hazmat.primitives.serialization import Encoding, NoEncryption, PrivateFormat
 
-from cluster.gateway.replica_link import REPLICA_TLS_NAME
+from cluster.gateway.replica_channel import REPLICA_TLS_NAME
 
 _CLOCK_SKEW = timedelta(days=1)  # between nodes
 _LIFETIME = timedelta(days=3650)  # made anew at every start; no cluster runs that long

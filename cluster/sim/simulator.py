@@ -9,9 +9,9 @@ from dataclasses import dataclass
 from functools import partial
 
 from cluster.core.request import Request
-from cluster.core.routing import LeastTokens, Placement, ReplicaSnapshot
 from cluster.errors import InvalidRequest, Overloaded
 from cluster.sim.events import EventQueue
+from cluster.sim.gateway import AtOnce, Dispatch
 from cluster.sim.recording import Ending, Recording
 from cluster.sim.replica import Replica, Step
 from cluster.sim.workload import Arrival
@@ -38,7 +38,7 @@ class Crash:
 class Simulator:
     """Runs a workload over replicas. One run; the same arguments give the same run, event by event.
 
-    A request goes to one replica, the ready one with the least outstanding tokens, and ends with it.
+    A request goes to one replica and ends with it.
 
     Attributes:
         recording: what happened.
@@ -47,15 +47,15 @@ class Simulator:
     Args:
         replicas: fresh ones.
         rng: breaks the ties of routing.
+        dispatch: says what goes where; None: each request at once to the replica with the least outstanding tokens.
     """
 
-    def __init__(self, replicas: Sequence[Replica], rng: random.Random) -> None:
+    def __init__(self, replicas: Sequence[Replica], rng: random.Random, dispatch: Dispatch | None = None) -> None:
         self.recording = Recording()
         self.num_steps = 0
         self._replicas = replicas
-        self._by_id = {replica.replica_id: replica for replica in replicas}
         self._events = EventQueue()
-        self._routing = LeastTokens(rng)
+        self._dispatch = dispatch or AtOnce(replicas, rng)
         self._homes: dict[int, Replica] = {}
         self._log = hashlib.sha256()
 
@@ -94,43 +94,41 @@ class Simulator:
 
     def _arrive(self, arrival: Arrival, following: Iterator[Arrival]) -> None:
         self._expect(following)
-        now = self.now
         request_id = self.recording.arrive(arrival)
-        replica = self._route(arrival)
-        self._note("arrive", request_id, replica and replica.replica_id)
-        if replica is None:
-            self._end(request_id, Ending.REFUSED)
-            return
-        request = Request(
+        self._note("arrive", request_id)
+        self._dispatch.arrive(request_id, arrival)
+        if arrival.leaves_after_s is not None:
+            self._events.add(self.now + arrival.leaves_after_s, partial(self._leave, request_id))
+        self._send()
+
+    def _send(self) -> None:
+        """All that can go to a replica now."""
+        while (sent := self._dispatch.next(self.now)) is not None:
+            request_id, replica = sent
+            self._note("send", request_id, replica and replica.replica_id)
+            if replica is None:
+                self._end(request_id, Ending.REFUSED)
+                continue
+            try:
+                replica.add(self._request(request_id))
+            except (InvalidRequest, Overloaded):
+                self._end(request_id, Ending.REFUSED)
+                continue
+            self._homes[request_id] = replica
+            if replica.step is None:
+                self._begin(replica)
+
+    def _request(self, request_id: int) -> Request:
+        arrival = self.recording.records[request_id].arrival
+        return Request(
             request_id=request_id,
             num_prompt_tokens=arrival.num_prompt_tokens,
             max_tokens=arrival.num_output_tokens,
             priority=arrival.priority,
-            arrival=now,
-            deadline=None if arrival.deadline_s is None else now + arrival.deadline_s,
+            arrival=arrival.at_s,
+            deadline=None if arrival.deadline_s is None else arrival.at_s + arrival.deadline_s,
             block_hashes=arrival.block_hashes,
         )
-        try:
-            replica.add(request)
-        except (InvalidRequest, Overloaded):
-            self._end(request_id, Ending.REFUSED)
-            return
-        self._homes[request_id] = replica
-        if arrival.leaves_after_s is not None:
-            self._events.add(now + arrival.leaves_after_s, partial(self._leave, request_id))
-        if replica.step is None:
-            self._begin(replica)
-
-    def _route(self, arrival: Arrival) -> Replica | None:
-        snapshots = [
-            ReplicaSnapshot(replica_id=each.replica_id, ready=True, outstanding_tokens=each.outstanding_tokens)
-            for each in self._replicas
-            if each.is_up
-        ]
-        if not snapshots:
-            return None
-        placement = Placement(num_prompt_tokens=arrival.num_prompt_tokens, max_tokens=arrival.num_output_tokens)
-        return self._by_id[self._routing.pick(placement, snapshots).replica_id]
 
     def _begin(self, replica: Replica) -> None:
         for request_id in replica.begin(self.now):
@@ -148,15 +146,24 @@ class Simulator:
         sampled, ended = replica.finish()
         self.num_steps += 1
         self.recording.sample(self.now, sampled)
+        self._dispatch.hear(replica, sampled)
         for request_id in ended:
             self._end(request_id, Ending.FINISHED)
-        self._begin(replica)
+        self._send_and_begin(replica)
+
+    def _send_and_begin(self, replica: Replica) -> None:
+        """What goes to the replica now is in its next step already."""
+        self._send()
+        if replica.step is None and replica.is_up:
+            self._begin(replica)
 
     def _leave(self, request_id: int) -> None:
+        if self.recording.records[request_id].ending is not None:
+            return
         replica = self._homes.get(request_id)
         if replica is not None:
             replica.cancel(request_id)
-            self._end(request_id, Ending.CANCELLED)
+        self._end(request_id, Ending.CANCELLED)
 
     def _break(self, fault: Stall | Crash) -> None:
         replica = self._replicas[fault.replica_index]
@@ -164,12 +171,18 @@ class Simulator:
         if isinstance(fault, Stall):
             replica.stall(fault.duration_s)
             return
+        self._dispatch.lose(replica)
         for request_id in replica.crash():
             self._end(request_id, Ending.LOST)
-        self._events.add(self.now + fault.down_s, replica.restart)
+        self._events.add(self.now + fault.down_s, partial(self._restart, replica))
+
+    def _restart(self, replica: Replica) -> None:
+        replica.restart()
+        self._send()
 
     def _end(self, request_id: int, ending: Ending) -> None:
         self._homes.pop(request_id, None)
+        self._dispatch.forget(request_id)
         self.recording.end(self.now, request_id, ending)
         self._note("end", request_id, ending.value)
 

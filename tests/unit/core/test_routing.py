@@ -98,8 +98,8 @@ def test_affinity_falls_away_on_imbalance() -> None:
         warm = create_snapshot("warm", cached_tokens=2000, backlog_tokens=backlog_tokens, **SPEED)
         return [create_snapshot("cold", **SPEED), warm]
 
-    assert picks(PrefixAffinity(random.Random(0)), replicas(1500), 10) == {"warm": 10}
-    assert picks(PrefixAffinity(random.Random(0)), replicas(2500), 10) == {"cold": 10}
+    assert picks(PrefixAffinity(random.Random(0)), replicas(8_000), 10) == {"warm": 10}
+    assert picks(PrefixAffinity(random.Random(0)), replicas(20_000), 10) == {"cold": 10}
 
 
 def test_a_slow_replica_gets_less() -> None:
