@@ -25,7 +25,8 @@ START_TIMEOUT_S = 60.0
 _DRAIN_S = 0.5
 
 _context = multiprocessing.get_context("forkserver")
-_context.set_forkserver_preload([__name__])
+# Not this module: the server's own path does not lead to the tests.
+_context.set_forkserver_preload(["uvloop", "cluster.gateway.server"])
 
 
 class ChaosProcess:
