@@ -9,6 +9,7 @@ import pytest
 from byte_checkpoint import write_byte_checkpoint
 from chaos_cluster import Chaos, CreateChaos, free_ports
 from chaos_processes import ChaosProcess, serve_gateway, serve_replica
+from fault_setup import create_faults  # noqa: F401 - a fixture
 
 from cluster.gateway.replica_link import ReplicaAddress
 
