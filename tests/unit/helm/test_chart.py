@@ -76,7 +76,7 @@ def test_the_configuration_tree_arrives_verbatim(render):
             {"path": "org/model: 'a' \"b\" {{ .c }} <&>", "name": "first", "worker": {"kv_cache_bytes": 2**40 + 1}},
             {"path": "/models/ü", "engine": {"scheduler": {"max_num_batched_tokens": 1_048_576}}},
         ],
-        "gateway": {"host": "::", "port": 50051, "default_deadline_s": 0.5, "reflection": True, "insecure": False},
+        "gateway": {"host": "::", "port": 50051, "http_port": 0, "default_deadline_s": 0.5, "insecure": False},
         "ray": {"address": "auto", "object_store_bytes": 200_000_000},
         "logging": {"level": "error", "format": "text"},
     }
@@ -132,11 +132,18 @@ def test_groups_are_placed_by_values(render, values):
 def test_the_service_leads_to_the_gateways_port(render):
     objects = render()
     service = objects["Service"]["spec"]
-    (port,) = service["ports"]
-    (container_port,) = container_of(pods_of(objects["RayService"])["gateway"])["ports"]
-    assert (service["type"], port["port"]) == ("ClusterIP", 50051)
-    assert port["targetPort"] == container_port["name"]
-    assert container_port["containerPort"] == 50051
+    container_ports = container_of(pods_of(objects["RayService"])["gateway"])["ports"]
+    assert service["type"] == "ClusterIP"
+    assert [port["port"] for port in service["ports"]] == [50051, 8000]
+    assert [port["targetPort"] for port in service["ports"]] == [port["name"] for port in container_ports]
+    assert [port["containerPort"] for port in container_ports] == [50051, 8000]
+
+
+def test_without_http_there_is_no_port_for_it(render, values):
+    values["cluster"]["gateway"]["http_port"] = None
+    objects = render(values)
+    assert len(objects["Service"]["spec"]["ports"]) == 1
+    assert len(container_of(pods_of(objects["RayService"])["gateway"])["ports"]) == 1
 
 
 def test_the_service_selects_the_gateways_pods_alone(render):
