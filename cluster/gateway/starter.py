@@ -122,6 +122,7 @@ class Starter:
         try:
             submit, sampling, placement = await self._prepare()
             ticket.count(placement)
+            self._check_ready()
             generation.report(lambda: self._progress(ticket))
             await ticket.turn()
         except _NO_ROOM:
@@ -149,6 +150,11 @@ class Starter:
             fingerprint=fingerprint_of(self._request.resume),
         )
         return True
+
+    def _check_ready(self) -> None:
+        """Raises ModelWarming where no replica is ready, unless the call wants to hear of progress, or goes on."""
+        if not (self._entry.balancer.ready or self._request.progress or self._resumes):
+            raise ModelWarming(f"model {self._entry.name!r} has no ready replica; nothing was executed")
 
     async def _prepare(self) -> tuple[replica_pb2.Submit, SamplingParams, Placement]:
         """The work as a replica is told of it, with sampling complete."""
