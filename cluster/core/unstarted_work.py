@@ -36,7 +36,6 @@ class UnstartedWork:
         self._num_tokens = 0
         self._prompts: dict[int, _Prompt] = {}
         self._num_by_class: Counter[Priority] = Counter()
-        self._uncached_by_class: Counter[Priority] = Counter()
         self._tokens_by_class: Counter[Priority] = Counter()
 
     def __len__(self) -> int:
@@ -52,7 +51,6 @@ class UnstartedWork:
         )
         self._prompts[submission_id] = prompt
         self._num_by_class[prompt.priority] += 1
-        self._uncached_by_class[prompt.priority] += prompt.num_uncached_tokens
         self._tokens_by_class[prompt.priority] += prompt.num_uncached_tokens
         self.num_uncached_tokens += prompt.num_uncached_tokens
         self._num_tokens += prompt.num_tokens
@@ -63,7 +61,6 @@ class UnstartedWork:
         if prompt is None:
             return False
         self._num_by_class[prompt.priority] -= 1
-        self._uncached_by_class[prompt.priority] -= prompt.num_uncached_tokens
         self._tokens_by_class[prompt.priority] -= prompt.num_uncached_tokens
         self.num_uncached_tokens -= prompt.num_uncached_tokens
         self._num_tokens -= prompt.num_tokens
@@ -85,7 +82,7 @@ class UnstartedWork:
             queued_tokens: prompt tokens not yet computed, of all senders, as the replica says. What of it is not ours
                 is counted whole: of which class it is, and how much of it is cached, is not known here.
         """
-        ours = sum(num_tokens for each, num_tokens in self._uncached_by_class.items() if each <= priority)
+        ours = sum(num_tokens for each, num_tokens in self._tokens_by_class.items() if each <= priority)
         return ours + max(queued_tokens - self._num_tokens, 0)
 
     def match(self, block_hashes: Sequence[int]) -> int:
