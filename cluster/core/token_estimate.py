@@ -41,10 +41,11 @@ class BytesPerToken:
 
 
 class CompletionLength:
-    """How long completions usually are: a moving mean, which a request's own limit cuts."""
+    """How long completions usually are, in tokens and in time: moving means, which a request's own limit cuts."""
 
     def __init__(self) -> None:
         self._mean = _FIRST_COMPLETION_TOKENS
+        self._token_s = 0.0
 
     def expected(self, max_tokens: int | None, num_candidates: int) -> int:
         """Tokens of all candidates together; 1 each at least.
@@ -55,6 +56,14 @@ class CompletionLength:
         expected = self._mean if max_tokens is None else min(self._mean, max_tokens)
         return max(1, round(expected)) * num_candidates
 
-    def observe(self, num_tokens: int, num_candidates: int) -> None:
-        """What a request that has run has generated, all candidates together."""
-        self._mean += _SMOOTHING * (num_tokens / num_candidates - self._mean)
+    def expected_s(self, num_tokens: float) -> float:
+        """Until the end of a completion of so many tokens, from its turn on, in seconds; 0 before any has run."""
+        return self._token_s * num_tokens
+
+    def observe(self, num_tokens: int, num_candidates: int, duration_s: float) -> None:
+        """What a request that has run has generated, all candidates together, and how long it took from its turn on."""
+        length = num_tokens / num_candidates
+        self._mean += _SMOOTHING * (length - self._mean)
+        if length >= 1:
+            first = self._token_s == 0.0
+            self._token_s += (1.0 if first else _SMOOTHING) * (duration_s / length - self._token_s)

@@ -19,6 +19,8 @@ from cluster.errors import ClusterError, DeadlineExceeded, Overloaded
 from cluster.gateway.caller import Caller
 from cluster.gateway.tenants import Tenants
 
+_MIN_RETRY_S = 0.05
+
 
 class Replicas(Protocol):
     """What an admission has to know of a model's replicas; its balancer does."""
@@ -163,21 +165,26 @@ class Admission:
         return ticket
 
     def _check_forecast(self, ticket: Ticket, placement: Placement) -> None:
-        """Raises Overloaded where the first token is predicted to come too late."""
+        """Raises Overloaded where its first token is predicted to come too late, or its last after its deadline."""
         request = ticket.request
-        now = self._clock()
-        within_s = min(request.arrival + ticket.max_ttft_s, ticket.deadline) - now
-        if math.isinf(within_s):
-            return
-        predicted_s = self._queue.wait_s(request) or 0.0
+        waited_s = self._clock() - request.arrival
+        wait_s = self._queue.wait_s(request) or 0.0
         if math.isfinite(ticket.max_ttft_s):
-            predicted_s += self._replicas.predicted_ttft_s(placement) or 0.0
-        if predicted_s > within_s:
-            retry_after_s = max(predicted_s - within_s, 0.05)
+            replica_s = self._replicas.predicted_ttft_s(placement) or 0.0
+            self._check_time("first token", waited_s + wait_s + replica_s, ticket.max_ttft_s, field="max_ttft_ms")
+        if wait_s > 0.0 and math.isfinite(ticket.deadline):
+            # What would run out of time half-way had better not begin.
+            service_s = self._completions[request.priority].expected_s(ticket.num_expected_tokens / ticket.n)
+            self._check_time("end", waited_s + wait_s + service_s, ticket.deadline - request.arrival, field="")
+
+    @staticmethod
+    def _check_time(what: str, predicted_s: float, limit_s: float, *, field: str) -> None:
+        if predicted_s > limit_s:
+            retry_after_s = max(predicted_s - limit_s, _MIN_RETRY_S)
             raise Overloaded(
-                f"the first token is predicted to come in {predicted_s:.2f} s, and may take {within_s:.2f} s at most; "
-                f"come back in {retry_after_s:.2f} s, or allow more",
-                field="max_ttft_ms" if math.isfinite(ticket.max_ttft_s) else "",
+                f"its {what} is predicted to come {predicted_s:.2f} s after it arrived, and may come {limit_s:.2f} s "
+                f"after that at most; come back in {retry_after_s:.2f} s, or allow more time",
+                field=field,
                 retry_after_s=retry_after_s,
             )
 
@@ -233,9 +240,10 @@ class Ticket:
         self._lease = lease
         self._num_bytes = num_bytes
         self._num_prompt_tokens = num_prompt_tokens
-        self._num_expected_tokens = num_expected_tokens
-        self._n = n
+        self.num_expected_tokens = num_expected_tokens
+        self.n = n
         self._had_turn = False
+        self._began_at = 0.0
         self._has_left = False
         self._refusal: ClusterError | None = None
         self._waiter: asyncio.Future[None] | None = None
@@ -265,7 +273,7 @@ class Ticket:
         if self._num_bytes:
             admission._bytes_per_token.observe(self._num_bytes, num_prompt_tokens)
         self._num_prompt_tokens = num_prompt_tokens
-        num_tokens = num_prompt_tokens + self._num_expected_tokens
+        num_tokens = num_prompt_tokens + self.num_expected_tokens
         self._lease.correct(num_tokens, admission._clock())
         try:
             admission._push_out(admission._queue.resize(self.request, num_tokens))
@@ -320,12 +328,13 @@ class Ticket:
             else:
                 self._lease.undo(now)
             return
-        admission._completions[request.priority].observe(num_completion_tokens, self._n)
+        admission._completions[request.priority].observe(num_completion_tokens, self.n, now - self._began_at)
         admission._queue.settle(request, self._num_prompt_tokens - cached_tokens + num_completion_tokens)
         self._lease.release(self._num_prompt_tokens + num_completion_tokens, now)
 
     def give_turn(self) -> None:
         self._had_turn = True
+        self._began_at = self._admission._clock()
         if self._waiter is not None and not self._waiter.done():
             self._waiter.set_result(None)
 

@@ -182,7 +182,7 @@ class GatewaySim:
         for number in ended:
             sent = self._sent.pop(number)
             flow = sent.flow
-            self._completions[flow.priority].observe(flow.num_output_tokens, 1)
+            self._completions[flow.priority].observe(flow.num_output_tokens, 1, now - sent.arrived_s)
             self.queues[flow.gateway].settle(sent.queued, flow.num_prompt_tokens + flow.num_output_tokens)
         for gateway in range(len(self.queues)):
             self._place(gateway)

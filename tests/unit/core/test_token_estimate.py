@@ -48,10 +48,11 @@ def test_short_texts_teach_nothing():
 def test_completions_are_expected_to_be_as_long_as_they_were():
     lengths = CompletionLength()
     for _ in range(500):
-        lengths.observe(120, 2)
+        lengths.observe(120, 2, 3.0)
     assert lengths.expected(None, 1) == pytest.approx(60, abs=2)
     assert lengths.expected(1000, 3) == pytest.approx(180, abs=6)
     assert lengths.expected(16, 1) == 16
+    assert lengths.expected_s(20) == pytest.approx(1.0)
 
 
 def test_a_rate_is_of_the_time_in_which_somebody_waits():

@@ -230,16 +230,17 @@ async def test_a_class_limits_how_long_a_request_may_take():
     assert gate.admission.max_e2e_s(P0) == math.inf
 
 
-async def drained(gate: Gate, num: int, *, tokens_per_s: float) -> None:
-    """Serves a backlog of requests of 20 tokens, so that the rate is known."""
+async def drained(gate: Gate, num: int, *, tokens_per_s: float, decode_s: float = 0.0) -> None:
+    """Serves a backlog of requests of 20 tokens, so that the rate is known, and that they end ``decode_s`` later."""
     tickets = [gate.enter(P1) for _ in range(num)]
     async with waiting(gate, **{str(i): ticket for i, ticket in enumerate(tickets)}):
-        for _ in tickets:
+        for ticket in tickets:
             gate.now += 20 / tokens_per_s
             gate.slots.free()
             await settle()
-    for ticket in tickets:
-        ticket.leave(10)
+            gate.now += decode_s
+            ticket.leave(10)
+            gate.now -= decode_s
 
 
 async def test_a_first_token_that_would_come_too_late_is_refused_at_once_with_the_prediction():
@@ -247,15 +248,25 @@ async def test_a_first_token_that_would_come_too_late_is_refused_at_once_with_th
     await drained(gate, 50, tokens_per_s=100.0)
     for _ in range(10):
         gate.enter(P1)  # 200 tokens: 2 s
-    with pytest.raises(Overloaded, match=r"in (1\.[89]|2\.[01])\d s, and may take 1\.00 s") as caught:
+    with pytest.raises(Overloaded, match=r"first token is predicted to come (1\.[89]|2\.[01])\d s after") as caught:
         gate.enter(P1, max_ttft_s=1.0)
     assert caught.value.retry_after_s == pytest.approx(1.0, abs=0.2)
     assert gate.waiting() == 10
     accepted = gate.enter(P1, max_ttft_s=3.0)
     assert accepted.eta_s == pytest.approx(2.0, abs=0.2)
     assert accepted.position == 10
-    with pytest.raises(Overloaded):  # nobody can wait longer than its deadline
-        gate.enter(P1, deadline_s=1.0)
+
+
+async def test_what_would_run_out_of_time_is_refused_at_once():
+    gate = Gate()
+    await drained(gate, 50, tokens_per_s=100.0, decode_s=3.0)
+    for _ in range(10):
+        gate.enter(P1)  # 2 s, and 3 s until the end of one
+    for deadline_s in (1.0, 4.5):
+        with pytest.raises(Overloaded, match="its end is predicted"):
+            gate.enter(P1, deadline_s=deadline_s)
+    gate.enter(P1, deadline_s=6.0)
+    gate.enter(P1, deadline_s=3.8, max_tokens=1)
 
 
 async def test_what_the_replicas_need_counts_too():
