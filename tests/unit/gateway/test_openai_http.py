@@ -385,13 +385,16 @@ async def test_who_hangs_up_ends_its_generation(create_http: CreateHttp) -> None
 
 async def test_an_idempotency_key_names_the_request(create_http: CreateHttp) -> None:
     http = await create_http(FakeReplica(gated=True))
-    running = asyncio.create_task(http.post("/v1/completions", HELLO, **{"idempotency-key": "mine"}))
+    key = {"idempotency-key": "mine"}
+    running = [asyncio.create_task(http.post("/v1/completions", HELLO, **key)) for _ in range(2)]
     await http.setup.replica.until(lambda: http.setup.replica.running)
-    other = HELLO | {"prompt": "another"}
-    status, error, headers = await http.refusal("/v1/completions", other, **{"idempotency-key": "mine"})
+    status, error, headers = await http.refusal("/v1/completions", HELLO | {"prompt": "another"}, **key)
     assert (status, error["code"], headers["x-should-retry"]) == (409, "already_exists", "false")
     await http.setup.replica.allow(8)
-    assert (await running)[0] == 200
+    answers = [*await asyncio.gather(*running), await http.post("/v1/completions", HELLO, **key)]
+    assert {status for status, _, _ in answers} == {200}
+    assert len({answer["choices"][0]["text"] for _, answer, _ in answers}) == 1
+    assert len(http.setup.replica.submits) == 1
 
 
 async def test_http_can_be_turned_off(create_setup: CreateSetup) -> None:
