@@ -1,4 +1,4 @@
-"""Who may take a request at all: ready, of the same weights, of an equal fingerprint first, not ejected, not too fresh."""
+"""Who may take a request at all: ready, of the same weights, not ejected, not too fresh; equal fingerprints go first."""
 
 from __future__ import annotations
 
