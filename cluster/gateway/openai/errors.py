@@ -70,7 +70,10 @@ def error_response(error: Exception) -> web.Response:
         headers |= {"retry-after": str(math.ceil(delay_s)), "retry-after-ms": str(math.ceil(delay_s * 1000))}
     if isinstance(error, errors.Unauthenticated):
         headers["www-authenticate"] = "Bearer"
-    return _response(_kind(error)[0], error, headers)
+    response = _response(_kind(error)[0], error, headers)
+    if isinstance(error, errors.Draining):
+        response.force_close()  # so that the next request is sent to another gateway
+    return response
 
 
 def _response(status: int, error: Exception, headers: dict[str, str]) -> web.Response:

@@ -142,7 +142,9 @@ async def test_health_follows_drains(create_setup: CreateSetup, connect: Connect
     assert await status(session.get("/health")) == 200
     await setup.gateway.set_draining(True)
     assert await status(session.get("/health")) == 503
-    assert await status(session.post(COMPLETIONS, json=HELLO)) == 503
+    async with session.post(COMPLETIONS, json=HELLO) as response:
+        assert (response.status, response.headers["connection"]) == (503, "close")
+        assert (await response.json())["error"]["code"] == "draining"
     await setup.gateway.set_draining(False)
     assert await status(session.get("/health")) == 200
 

@@ -373,6 +373,27 @@ async def test_a_failure_in_a_stream_is_its_last_event(create_http: CreateHttp) 
     assert (error["code"], error["message"]) == ("engine_fault", "it broke")
 
 
+async def test_a_stream_goes_on_at_another_replica(create_http: CreateHttp) -> None:
+    first, second = FakeReplica(gated=True), FakeReplica(replica_id="replica-1", gated=True)
+    http = await create_http(first)
+    body = HELLO | {"max_tokens": 40}
+    task = asyncio.create_task(http.stream("/v1/completions", body))
+    await first.until(lambda: first.running)
+    http.setup.replicas.append(second)
+    http.setup.addresses["replica-1"] = await second.start()
+    http.setup.gateway.set_replicas("test", http.setup.replica_addresses(*http.setup.addresses))
+    await first.allow(5)
+    await first.until(lambda: not first._allowed)
+    await first.stop()
+    await second.allow(100)
+    events = await task
+    ledger = events[-1]["choices"][0]["ledger"]
+    assert (ledger["replicas"], ledger["num_moves"]) == ([first.replica_id, second.replica_id], 1)
+    whole = (await http.post("/v1/completions", body))[1]["choices"][0]["text"]
+    assert "".join(event["choices"][0]["text"] for event in events) == whole
+    assert len(whole) == 40
+
+
 async def test_who_hangs_up_ends_its_generation(create_http: CreateHttp) -> None:
     http = await create_http(FakeReplica(gated=True))  # whose check at the end finds what the gateway has left open
     for body in (HELLO, HELLO | {"prompt": ["a", "b"]}):
