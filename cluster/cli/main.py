@@ -36,6 +36,7 @@ _COMMANDS = {
     "chat": _Entry(module="cluster.cli.chat", function="chat", help="Talk with a model that has a chat template."),
     "models": _Entry(module="cluster.cli.models", function="models", help="List the models that a server has."),
     "status": _Entry(module="cluster.cli.status", function="status", help="Show a server's health and its replicas."),
+    "api-key": _Entry(module="cluster.cli.api_key", function="api_key", help="Draw an API key for a gateway."),
     "plan": _Entry(module="cluster.cli.plan", function="plan", help="Say which devices hold a model."),
     "bench": _Entry(module="cluster.cli.bench", function="app", help="Measure an engine here, or a server."),
 }

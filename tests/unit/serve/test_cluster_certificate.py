@@ -2,18 +2,27 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import asyncio
+from collections.abc import AsyncIterator, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import asynccontextmanager
 
 import grpc
 import pytest
+from fakes import FakeExecutor
 
-from cluster.gateway.replica_link import REPLICA_TLS_NAME
+from cluster.engine.config import EngineConfig
+from cluster.engine.engine import Engine
+from cluster.gateway.balancer import Balancer
+from cluster.gateway.replica_channel import REPLICA_TLS_NAME
+from cluster.gateway.replica_link import ReplicaAddress
 from cluster.serve.cluster_certificate import ClusterCertificate
 from cluster.serve.config import LoggingConfig
 from cluster.serve.identity import ClusterIdentity
+from cluster.serve.replica_server import ReplicaServer
 
 METHOD = "/test.Echo/once"
+SECRET = "s3cret"
 
 
 @pytest.fixture(scope="module")
@@ -67,3 +76,34 @@ def test_nobody_else_gets_through(started: int, certificate: ClusterCertificate)
 def test_the_key_is_not_printed(certificate: ClusterCertificate) -> None:
     identity = ClusterIdentity(secret="s3cret", start_id=None, logging=LoggingConfig(), certificate=certificate)
     assert "PRIVATE" not in f"{identity!r} {certificate!r} {certificate}"
+
+
+@asynccontextmanager
+async def balance(address: str, credentials: grpc.ChannelCredentials | None) -> AsyncIterator[Balancer]:
+    """A gateway's end of the stream to a replica."""
+    balancer = Balancer("m", gateway_id="g", secret=SECRET, credentials=credentials, on_change=lambda: None)
+    balancer.set_replicas([ReplicaAddress("r", address)])
+    yield balancer
+    await balancer.close()
+
+
+async def test_a_gateway_and_a_replica(certificate: ClusterCertificate) -> None:
+    server = ReplicaServer(
+        lambda: Engine(FakeExecutor(), EngineConfig()),
+        replica_id="r",
+        model="m",
+        secret=SECRET,
+        credentials=certificate.server_credentials(),
+    )
+    address = f"127.0.0.1:{await server.start()}"
+    async with balance(address, certificate.channel_credentials()) as balancer, asyncio.timeout(20):
+        ready = asyncio.Event()
+        balancer.wait_ready(ready.set)
+        await ready.wait()
+        assert balancer.hello().architecture == "FakeForCausalLM"
+    # The secret alone, in clear or with another certificate, does not do.
+    for credentials in (None, ClusterCertificate.create().channel_credentials()):
+        async with balance(address, credentials) as balancer:
+            await asyncio.sleep(0.3)
+            assert not balancer.ready
+    await server.stop()
