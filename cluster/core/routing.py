@@ -13,11 +13,11 @@ from typing import Protocol
 from cluster.core.request import Priority
 from cluster.core.routing_config import PolicyName
 
-_NEAR = 0.05  # costs this close, as a share of the least, say nothing
+_NEAR = 0.01  # costs this close, as a share of the least, say nothing; nor do those within half a step
 # What is computed though another replica has it delays all who come after. Of the hits that one cache for all replicas
 # would have had, conversations got 62 % with a weight of 1 where there was as much work as could be done, 84 % with 4,
-# 93 % with 8 and 96 % with 16, which keeps requests waiting for too long.
-_COMPUTING_WEIGHT = 8.0
+# 93 % with 8 and 96 % with 16, which keeps some waiting for too long.
+_COMPUTING_WEIGHT = 10.0
 _STEP_TOKENS = 64  # a step without prompts takes about as long as this many tokens of one, where nothing was measured
 
 
@@ -91,15 +91,22 @@ class ReplicaSnapshot:
         """
         num_tokens = self.backlog_tokens + self.uncached_tokens(num_prompt_tokens)
         num_steps = math.ceil(num_tokens / self.max_num_batched_tokens) if self.max_num_batched_tokens else 1
-        if not self.is_measured:
-            return float(num_tokens + num_steps * _STEP_TOKENS)
-        return num_tokens * self.prompt_token_s + num_steps * self.step_s
+        step_s, prompt_token_s = self._speed
+        return num_tokens * prompt_token_s + num_steps * step_s
 
     def cost_s(self, num_prompt_tokens: int) -> float:
         """What it takes to have a prompt there: the time to its first token, and the time that others lose by it."""
-        token_s = self.prompt_token_s if self.is_measured else 1.0
-        lost_s = (_COMPUTING_WEIGHT - 1.0) * self.uncached_tokens(num_prompt_tokens) * token_s
+        lost_s = (_COMPUTING_WEIGHT - 1.0) * self.uncached_tokens(num_prompt_tokens) * self._speed[1]
         return self.ttft_s(num_prompt_tokens) + lost_s
+
+    def is_near(self, cost_s: float, least_s: float) -> bool:
+        """Whether a cost differs from the least one by no more than what may be chance."""
+        return cost_s <= least_s * (1 + _NEAR) + self._speed[0] / 2
+
+    @property
+    def _speed(self) -> tuple[float, float]:
+        """Seconds of a step, and of a token of a prompt."""
+        return (self.step_s, self.prompt_token_s) if self.is_measured else (float(_STEP_TOKENS), 1.0)
 
 
 class RoutingPolicy(Protocol):
@@ -160,9 +167,9 @@ class PrefixAffinity:
 
     def pick(self, placement: Placement, replicas: Sequence[ReplicaSnapshot]) -> ReplicaSnapshot:
         costs_s = [each.cost_s(placement.num_prompt_tokens) / each.weight for each in replicas]
-        limit_s = min(costs_s) * (1 + _NEAR)
+        least_s = min(costs_s)
         return self._least_tokens.pick(
-            placement, [each for each, cost_s in zip(replicas, costs_s, strict=True) if cost_s <= limit_s]
+            placement, [each for each, cost_s in zip(replicas, costs_s, strict=True) if each.is_near(cost_s, least_s)]
         )
 
 

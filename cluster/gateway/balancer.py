@@ -178,10 +178,6 @@ class Balancer:
         snapshots = [link.snapshot(placement) for link in self._ready_links()]
         return self._router.predict_ttft_s(placement, snapshots)
 
-    def record_outcome(self, link: ReplicaLink, ok: bool) -> None:
-        """What a request says of its replica, beyond what the link has seen itself: first tokens, faults, its end."""
-        self._note(link, ok)
-
     # -- what an operator or another gateway's client asks for ---------------------------------------------------------
 
     def drain(self, replica_id: str, timeout_s: float | None = None) -> int:

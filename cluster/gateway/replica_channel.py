@@ -14,8 +14,9 @@ _OPTIONS = (
     ("grpc.use_local_subchannel_pool", 1),
     ("grpc.enable_retries", 0),
     # A host that vanishes closes no socket, nor does a process that is stopped; pings find out.
-    ("grpc.keepalive_time_ms", 10_000),
+    ("grpc.keepalive_time_ms", 5_000),
     ("grpc.keepalive_timeout_ms", 5_000),
+    ("grpc.http2.ping_timeout_ms", 5_000),  # the one that counts; its default is a minute
     ("grpc.http2.max_pings_without_data", 0),
 )
 

@@ -1,4 +1,4 @@
-"""Who may take a request at all: ready, of the same weights, not ejected, not too fresh; equal fingerprints go first."""
+"""Who may take a request at all: ready, of the same weights, not ejected, not too fresh; who goes first."""
 
 from __future__ import annotations
 
