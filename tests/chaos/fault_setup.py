@@ -274,6 +274,7 @@ class Baseline:
 
     def __init__(self) -> None:
         self.tasks = asyncio.all_tasks()
+        self.threads = set(threading.enumerate())
         self.descriptors = _num_descriptors()
 
     async def check(self) -> None:
@@ -282,7 +283,7 @@ class Baseline:
         if left:
             await asyncio.wait(left, timeout=5)  # grpc's own tasks end with their calls
         assert not [task for task in left if not task.done()]
-        assert not [thread for thread in threading.enumerate() if thread.name == "engine"]
+        assert not [thread for thread in set(threading.enumerate()) - self.threads if thread.name == "engine"]
         await until(lambda: _num_descriptors() <= self.descriptors, timeout_s=5)
 
 
