@@ -33,6 +33,9 @@ class AddressBook:
 
     Args:
         connected: whether there is a connection to an address; tries to make one.
+
+    Attributes:
+        closed: whether the client has been closed; nothing goes anywhere then.
     """
 
     def __init__(
@@ -43,6 +46,7 @@ class AddressBook:
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self.addresses = tuple(addresses)
+        self.closed = False
         self._connected = connected
         self._clock = clock
         self._lost: set[str] = set()
@@ -65,6 +69,7 @@ class AddressBook:
 
     def report_lost(self, address: str) -> None:
         """Nothing answers there, or a connection to it broke."""
+        self._connected(address)  # begins to try; what it says may be of the connection that broke
         self._lost.add(address)
 
     def report_draining(self, address: str) -> None:

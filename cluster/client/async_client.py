@@ -136,6 +136,7 @@ class AsyncClient:
 
     async def close(self) -> None:
         """Cancels what runs and closes the channels."""
+        self._gateways.closed = True
         await asyncio.gather(*(channel.close() for channel in self._channels.values()))
 
     async def __aenter__(self) -> AsyncClient:

@@ -154,6 +154,7 @@ class Client:
 
     def close(self) -> None:
         """Cancels what runs and closes the channels."""
+        self._gateways.closed = True
         for channel in self._channels.values():
             channel.close()
 

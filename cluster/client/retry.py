@@ -11,7 +11,7 @@ import grpc
 from cluster.client.addresses import AddressBook
 from cluster.client.retry_budget import RetryBudget
 from cluster.client.status import error_of, never_sent
-from cluster.errors import ClusterError, Draining, InvalidRequest, ServerUnreachable
+from cluster.errors import Cancelled, ClusterError, Draining, InvalidRequest, ServerUnreachable
 
 MAX_ATTEMPTS = 4
 RECONNECT_S = 60.0
@@ -103,6 +103,8 @@ class Attempts:
         Raises:
             ClusterError: there is to be no further attempt; the failure, typed.
         """
+        if self._gateways.closed:
+            raise Cancelled("the client was closed") from None
         error = error_of(failure, address=self.address, deadline_s=self._deadline_s)
         if isinstance(error, ServerUnreachable):
             self._gateways.report_lost(self.address)

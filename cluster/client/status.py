@@ -42,7 +42,8 @@ _BARE_CODES: dict[grpc.StatusCode, type[ClusterError]] = {
 _NEVER_SENT = ("failed to connect to all addresses", "errors resolving")
 # Its word where something between here and the gateway cut off one stream of a connection; the code then varies.
 _RESET = "RST_STREAM"
-_RESET_CODES = (grpc.StatusCode.CANCELLED, grpc.StatusCode.INTERNAL, grpc.StatusCode.UNKNOWN)
+# Its words where we have cancelled. Otherwise a server that stops, or a proxy, has: gateways say why they do.
+_CANCELLED_HERE = ("Locally cancelled", "Channel closed")
 
 
 def never_sent(call: grpc.RpcError) -> bool:
@@ -62,13 +63,20 @@ def error_of(call: grpc.RpcError, *, address: str, deadline_s: float) -> Cluster
     if error is not None:
         return error
     code, details = call.code(), call.details() or ""
-    if code is grpc.StatusCode.UNAVAILABLE or (code in _RESET_CODES and _RESET in details):
+    if _is_cut_off(code, details):
         return _unreachable(address, details, never_sent(call))
     if code is grpc.StatusCode.DEADLINE_EXCEEDED:
         return DeadlineExceeded(f"{address} did not finish within the deadline of {deadline_s:g} s")
     if code is grpc.StatusCode.RESOURCE_EXHAUSTED and "larger than max" in details:
         return InvalidRequest(f"the request is too large for {address}: {details}")
     return _BARE_CODES.get(code, ClusterError)(details or f"{address} answered {code.name}")
+
+
+def _is_cut_off(code: grpc.StatusCode, details: str) -> bool:
+    """Whether no gateway has ended the call."""
+    if code is grpc.StatusCode.CANCELLED:
+        return not details.startswith(_CANCELLED_HERE)
+    return code is grpc.StatusCode.UNAVAILABLE or _RESET in details
 
 
 def _error_of_details(call: grpc.RpcError) -> ClusterError | None:

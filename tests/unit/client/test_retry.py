@@ -125,6 +125,8 @@ def test_what_was_never_sent_is_repeated(details):
         (grpc.StatusCode.UNAVAILABLE, "Cancelling all calls"),
         (grpc.StatusCode.UNAVAILABLE, None),
         (grpc.StatusCode.CANCELLED, "Received RST_STREAM with error code 8"),
+        (grpc.StatusCode.CANCELLED, "CANCELLED"),
+        (grpc.StatusCode.CANCELLED, None),
         (grpc.StatusCode.INTERNAL, "Received RST_STREAM with error code 2"),
     ],
 )
