@@ -165,6 +165,7 @@ class Balancer:
         is less than its window, or none of it is of this class, so that no class waits behind others' windows.
         """
         links = self._ready_links()
+        links = [link for link in links if not self._router.outliers.is_ejected(link.replica.replica_id)] or links
         longest_s = max((link.ready_s for link in links), default=0.0)
         return any(link.has_room(priority, self._router.weight(link.ready_s, longest_s)) for link in links)
 

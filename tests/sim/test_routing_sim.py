@@ -20,7 +20,7 @@ from cluster.sim.simulator import Crash, Simulator
 from cluster.sim.workload import MOONCAKE_BLOCK_TOKENS, Arrival, read_mooncake
 
 BLOCK_SIZE = 16
-NUM_CONVERSATIONS = None if os.environ.get("CLUSTER_TEST_FULL") == "1" else 1000
+NUM_CONVERSATIONS = None if os.environ.get("CLUSTER_TEST_FULL") == "1" else 700
 
 
 @pytest.fixture(scope="module")
