@@ -310,9 +310,11 @@ class TestEnd:
     def test_a_failing_step_says_what_failed(self, script, capfd):
         script({1: {"step": ["fail", "EngineFault", "out of luck"]}, 0: {"step": ["sleep", 600]}})
         with running() as executor:
+            processes = pids(executor)
             executor.submit(create_step(0))
             with pytest.raises(GroupLost, match=r"rank 1 \(pid .*\): out of luck"):
                 executor.collect()
+            await_gone(processes)  # all of them, and their memory with them
         assert "[rank 1] " in capfd.readouterr().err
 
     @pytest.mark.parametrize("channel", ["work", "control"])

@@ -16,7 +16,7 @@ from serve_process import ServeProcess
 
 from cluster import LLM, SamplingParams
 from cluster.client import Client
-from cluster.errors import ClusterError, ReplicaLost
+from cluster.errors import ClusterError
 
 pytestmark = [pytest.mark.cluster, pytest.mark.timeout(240)]
 
@@ -86,6 +86,7 @@ class Load:
         self.stream_tokens: list[int] = []
         self.stream_error: ClusterError | None = None
         self.call_tokens: list[int] = []
+        self.num_moves = 0
         self._client, self._model = client, model
         self._begun = threading.Event()
         self._threads = [threading.Thread(target=self._call), threading.Thread(target=self._stream)]
@@ -95,9 +96,11 @@ class Load:
 
     def _stream(self) -> None:
         try:
-            for chunk in self._client.stream(LONG_PROMPT, LONG, model=self._model):
+            stream = self._client.stream(LONG_PROMPT, LONG, model=self._model)
+            for chunk in stream:
                 self.stream_tokens += chunk.token_ids
                 self._begun.set()
+            self.num_moves = stream.ledger.num_moves
         except ClusterError as error:
             self.stream_error = error
 
@@ -126,7 +129,8 @@ def test_the_start_is_told_with_the_stages_of_every_rank(cluster: ServeProcess):
 def test_a_struck_rank_ends_its_group_and_another_takes_its_place(
     cluster: ServeProcess, client: Client, expected: dict[str, list[int]], strike: signal.Signals, first_rank: int
 ):
-    """Killed, or stopped, which shows when a step takes too long. Both models at once, a different rank of each."""
+    """Killed, or stopped, which shows when a step takes too long. Both models at once, a different rank of each. Their
+    requests go on where the group is built again."""
     groups = {model: await_group(cluster, model) for model in MODELS}
     loads = {model: Load(client, model) for model in MODELS}
     for index, model in enumerate(MODELS):
@@ -135,11 +139,11 @@ def test_a_struck_rank_ends_its_group_and_another_takes_its_place(
         await_gone(groups[model])
     for model, load in loads.items():
         load.join()
-        # Who had got nothing notices nothing; who had got tokens has the right ones, and is told how many.
+        # Neither who had got nothing nor who had got tokens notices anything, though there was no other replica.
         assert load.call_tokens == expected[LONG_PROMPT]
-        assert isinstance(load.stream_error, ReplicaLost)
-        assert f"after {len(load.stream_tokens)} tokens had been sent" in load.stream_error.message
-        assert load.stream_tokens == expected[LONG_PROMPT][: len(load.stream_tokens)]
+        assert load.stream_error is None
+        assert load.stream_tokens == expected[LONG_PROMPT]
+        assert load.num_moves >= 1
         assert not set(await_group(cluster, model)) & set(groups[model])
 
 
