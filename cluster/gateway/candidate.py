@@ -23,7 +23,6 @@ class Candidate:
         token_ids: so far, in order; the one at which the replica stopped included.
         logprobs: one per token, where they were asked for.
         finish_reason: of the proto's FinishReason; 0 while more may come.
-        num_text_chars: code points of text so far.
         cached_tokens: of the prompt, those served from the prefix cache where it began.
         last_token_s: when the last delta came, in monotonic seconds; None before the first.
         resumed_tokens, resumed_chars, resumed_end: what the client had of it before this gateway began, and whether it
@@ -31,8 +30,8 @@ class Candidate:
     """
 
     __slots__ = (
-        "_continued", "_text", "_text_stream", "cached_tokens", "finish_reason", "index", "last_token_s", "logprobs",
-        "num_text_chars", "resumed_chars", "resumed_end", "resumed_tokens", "token_ids",
+        "_continued", "_num_chars", "_plain", "_text", "_text_end", "_text_stream", "cached_tokens", "finish_reason",
+        "index", "last_token_s", "logprobs", "resumed_chars", "resumed_end", "resumed_tokens", "token_ids",
     )  # fmt: skip
 
     def __init__(self, index: int, text_stream: TextStream) -> None:
@@ -40,7 +39,9 @@ class Candidate:
         self.token_ids: list[int] = []
         self.logprobs: list[inference_pb2.PositionLogprobs] = []
         self.finish_reason = 0
-        self.num_text_chars = 0
+        self._num_chars = 0
+        self._text_end = 0  # of the tokens whose text has been made
+        self._plain = False  # the next delta brings nothing but tokens
         self.cached_tokens = 0
         self.last_token_s: float | None = None
         self.resumed_tokens = 0
@@ -57,32 +58,48 @@ class Candidate:
     @property
     def num_bytes(self) -> int:
         """That it takes in memory, about."""
-        num_bytes = 1024 + 36 * len(self.token_ids) + 4 * self.num_text_chars
+        num_bytes = 1024 + 36 * len(self.token_ids) + 4 * self._num_chars
         if self.logprobs:
             num_bytes += len(self.logprobs) * 100 * (2 + len(self.logprobs[0].top))
         return num_bytes
 
     def push(self, delta: replica_pb2.TokenDelta) -> None:
         """Takes a delta in. A stop string ends the candidate even where the replica has not: see ``finish_reason``."""
-        token_ids, finish_reason = delta.token_ids, delta.finish_reason
-        # The token at which the replica stopped is reported, but it is no text.
-        shown = token_ids[:-1] if finish_reason == _STOP else token_ids
-        text = self._text_stream.push(shown)
-        piece = text.text
-        if text.stopped:
-            finish_reason = _STOP
-            token_ids = token_ids[: text.num_tokens]
-        elif finish_reason:
-            piece += self._text_stream.finish().text
-        self.token_ids.extend(token_ids)
-        if delta.logprobs:
-            self.logprobs.extend(delta.logprobs[: len(token_ids)])
-        if piece:
-            self._text.write(piece)
-            self.num_text_chars += len(piece)
+        finish_reason = delta.finish_reason
+        if not self._plain or finish_reason:
+            self._push_whole(delta, finish_reason)
+        else:
+            self.token_ids.extend(delta.token_ids)  # all that most deltas hold; their text is made when it is read
+
+    def _push_whole(self, delta: replica_pb2.TokenDelta, finish_reason: int) -> None:
         if delta.cached_tokens and not self._continued:
             self.cached_tokens = delta.cached_tokens
+        num_before = len(self.token_ids)
+        self.token_ids.extend(delta.token_ids)
+        if finish_reason or self._text_stream.may_stop:
+            # The token at which the replica stopped is reported, but it is no text.
+            text_end = len(self.token_ids) - (finish_reason == _STOP)
+            num_tokens = self._make_text(text_end)
+            if num_tokens is not None:
+                finish_reason = _STOP
+                del self.token_ids[num_tokens:]
+            elif finish_reason:
+                self._write(self._text_stream.finish().text)
+        if delta.logprobs:
+            self.logprobs.extend(delta.logprobs[: len(self.token_ids) - num_before])
+        self._plain = not self.logprobs and not self._text_stream.may_stop
         self.finish_reason = finish_reason
+
+    def _make_text(self, end: int) -> int | None:
+        """The text of the tokens up to ``end``; where a stop string ends it, the number of tokens up to there."""
+        start, self._text_end = self._text_end, end
+        text = self._text_stream.push(self.token_ids[start:end])
+        self._write(text.text)
+        return start + text.num_tokens if text.stopped else None
+
+    def _write(self, text: str) -> None:
+        self._text.write(text)
+        self._num_chars += len(text)
 
     def resume(self, token_ids: Sequence[int], finish_reason: int, *, max_tokens: int) -> None:
         """Begins after what a client has had of it; on a new candidate only.
@@ -92,11 +109,10 @@ class Candidate:
             max_tokens: that it may have in all.
         """
         self._continued = True
-        text = self._text_stream.push(token_ids)
-        self._text.write(text.text)
         self.token_ids.extend(token_ids)
+        self._make_text(len(token_ids))
         self.resumed_tokens = len(token_ids)
-        self.resumed_chars = self.num_text_chars = len(text.text)
+        self.resumed_chars = self._num_chars
         self.finish_reason = finish_reason
         self.resumed_end = bool(finish_reason)
         if not finish_reason and len(token_ids) >= max_tokens:  # nothing is left to be done for it but to say so
@@ -112,3 +128,10 @@ class Candidate:
             return ""
         self._text.seek(num_chars)
         return self._text.read()  # leaves it at its end, where the next piece is written
+
+    @property
+    def num_text_chars(self) -> int:
+        """Code points of text so far."""
+        if not self.finish_reason and self._text_end < len(self.token_ids):
+            self._make_text(len(self.token_ids))
+        return self._num_chars

@@ -7,6 +7,7 @@ from collections.abc import AsyncIterator
 from typing import TYPE_CHECKING
 
 from cluster.gateway.candidate import Candidate
+from cluster.gateway.write_pacer import WritePacer
 from cluster.v1 import inference_pb2
 
 if TYPE_CHECKING:
@@ -39,6 +40,7 @@ class Reader:
         streams: whether it wants every delta, or only the end.
         progress: whether it wants to hear what the generation waits for.
         max_unread_tokens: a stream that leaves more of a candidate unread is ended.
+        pacer: says when a stream may write.
         first_sequence: of its next chunk.
     """
 
@@ -50,6 +52,7 @@ class Reader:
         streams: bool,
         progress: bool = False,
         max_unread_tokens: int,
+        pacer: WritePacer,
         first_sequence: int = 0,
     ) -> None:
         self.model = model
@@ -58,6 +61,7 @@ class Reader:
         self._streams = streams
         self._progress = progress
         self._max_unread_tokens = max_unread_tokens
+        self._turns = pacer.join(self.wake)
         self._sequence = first_sequence
         self._sent_seed = False
         self._sent_fingerprint = b""
@@ -99,8 +103,14 @@ class Reader:
         place = self._places[candidate.index]
         if len(candidate.token_ids) - max(place.num_tokens, place.unread_from) > self._max_unread_tokens:
             return False
-        self.wake()
+        # One that writes comes back by itself.
+        if self._waiter is not None and (self._generation.complete or self._turns.has_come()):
+            self.wake()
         return True
+
+    def close(self) -> None:
+        """Its call has ended."""
+        self._turns.end()
 
     def fail(self, error: Exception) -> None:
         """Ends this reader alone."""
@@ -149,7 +159,7 @@ class Reader:
             error = self.error or generation.error
             if error is not None:
                 raise error
-            if self._readable():
+            if self._readable() and (generation.complete or self._turns.has_come()):
                 return
             self._waiter = asyncio.get_running_loop().create_future()
             if self._progress and generation.progress() is not None:
@@ -172,6 +182,7 @@ class Reader:
 
     def take(self) -> list[inference_pb2.GenerateChunk]:
         """The unread chunks, at most one per candidate, numbered in the order of the stream."""
+        self._turns.take()
         chunks = []
         for place in self._places:
             candidate = place.candidate

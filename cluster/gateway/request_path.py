@@ -20,6 +20,7 @@ from cluster.gateway.generation_table import GenerationTable, RequestKey
 from cluster.gateway.reader import Reader
 from cluster.gateway.resume import check_resume, places_in
 from cluster.gateway.starter import Starter
+from cluster.gateway.write_pacer import WritePacer
 from cluster.observability.metrics import E2E_S, GENERATED_TOKENS, PROMPT_TOKENS, REQUESTS, MetricSink
 from cluster.text.text_stream import TextStream
 from cluster.v1 import inference_pb2
@@ -34,6 +35,7 @@ class RequestPath:
         self._catalog = catalog
         self._table = table
         self._metrics = metrics
+        self._pacer = WritePacer()
 
     @asynccontextmanager
     async def run(
@@ -77,6 +79,7 @@ class RequestPath:
                 streams=streams,
                 progress=request.progress,
                 max_unread_tokens=self._config.max_unread_tokens,
+                pacer=self._pacer,
                 first_sequence=request.resume.sequence,
             )
             generation.attach(reader)
@@ -100,6 +103,7 @@ class RequestPath:
                     reader.begin(places_in(generation, resume, lambda: _text_stream(entry, sampling)))
                 yield reader
             finally:
+                reader.close()
                 if self._table.close(generation, reader):
                     self._metrics.record(PROMPT_TOKENS, generation.num_prompt_tokens, model=model)
                     self._metrics.record(GENERATED_TOKENS, generation.num_new_tokens, model=model)

@@ -39,12 +39,22 @@ class TextStream:
     def __init__(self, tokenizer: Tokenizer, stop: tuple[str, ...] = (), *, min_tokens: int = 0) -> None:
         self._detokenizer = create_detokenizer(tokenizer)
         self._stop = StopStrings(stop)
+        self._may_stop = bool(stop)
         self._min_tokens = min_tokens
         self._num_tokens = 0
         self._num_chars = 0
 
+    @property
+    def may_stop(self) -> bool:
+        """Whether there are stop strings."""
+        return self._may_stop
+
     def push(self, token_ids: Sequence[int]) -> TextDelta:
         """Takes tokens in, in order. Not to be called after ``stopped`` or ``finish``."""
+        if not self._may_stop:
+            self._num_tokens += len(token_ids)
+            text = "".join([self._detokenizer.push(token_id) for token_id in token_ids])
+            return self._delta(text, stopped=False, num_tokens=len(token_ids))
         pieces: list[str] = []
         for count, token_id in enumerate(token_ids, start=1):
             self._num_tokens += 1

@@ -11,6 +11,7 @@ from gateway_setup import RecordingSink
 from cluster.gateway.candidate import Candidate
 from cluster.gateway.generation import Generation
 from cluster.gateway.reader import Reader
+from cluster.gateway.write_pacer import WritePacer
 from cluster.text.text_stream import TextStream
 from cluster.text.tokenizer import Tokenizer
 from cluster.v1 import inference_pb2 as pb
@@ -25,7 +26,7 @@ class Reading:
         generation.num_prompt_tokens = 5
         generation.candidates = [candidate]
         self.candidate = candidate
-        self.reader = Reader("test", generation, streams=True, max_unread_tokens=1000)
+        self.reader = Reader("test", generation, streams=True, max_unread_tokens=1000, pacer=WritePacer())
         self.reader.begin()
 
     def push(self, delta: TokenDelta) -> None:
