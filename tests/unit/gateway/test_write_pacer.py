@@ -85,17 +85,16 @@ async def test_streams_that_have_not_begun_or_have_ended_take_no_share():
 
 
 async def test_a_stream_that_has_ended_is_not_woken():
-    pacer = slow_pacer(messages_per_s=100.0)
-    first, second = Stream(pacer), Stream(pacer)
+    first, second = (Stream(slow_pacer(messages_per_s=50.0)) for _ in range(2))
     for stream in (first, second):
         await stream.turn()
         await stream.turn()
         stream.woken.clear()
         assert not stream.turns.has_come()
-    first.turns.end()
-    await asyncio.wait_for(second.woken.wait(), 5)
+    second.turns.end()
+    await asyncio.wait_for(first.woken.wait(), 5)
     await asyncio.sleep(0.1)
-    assert not first.woken.is_set()
+    assert not second.woken.is_set()
 
 
 async def test_what_comes_between_two_turns_is_one_chunk(create_setup: CreateSetup, monkeypatch) -> None:
