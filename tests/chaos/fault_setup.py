@@ -282,7 +282,8 @@ class Baseline:
         left = {task for task in asyncio.all_tasks() - self.tasks if task is not asyncio.current_task()}
         if left:
             await asyncio.wait(left, timeout=5)  # grpc's own tasks end with their calls
-        assert not [task for task in left if not task.done()]
+        left = {task for task in left if not task.done()}
+        assert not left, [(task.get_name(), task.get_coro(), task.get_stack()) for task in left]
         assert not [thread for thread in set(threading.enumerate()) - self.threads if thread.name == "engine"]
         await until(lambda: _num_descriptors() <= self.descriptors, timeout_s=5)
 
