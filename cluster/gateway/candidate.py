@@ -24,14 +24,15 @@ class Candidate:
         logprobs: one per token, where they were asked for.
         finish_reason: of the proto's FinishReason; 0 while more may come.
         cached_tokens: of the prompt, those served from the prefix cache where it began.
-        last_token_s: when the last delta came, in monotonic seconds; None before the first.
+        first_token_s, last_token_s: when the first delta came and when the last, in monotonic seconds; None before.
         resumed_tokens, resumed_chars, resumed_end: what the client had of it before this gateway began, and whether it
             had its end; no reader gets that again.
     """
 
     __slots__ = (
         "_continued", "_num_chars", "_plain", "_text", "_text_end", "_text_stream", "cached_tokens", "finish_reason",
-        "index", "last_token_s", "logprobs", "resumed_chars", "resumed_end", "resumed_tokens", "token_ids",
+        "first_token_s", "index", "last_token_s", "logprobs", "resumed_chars", "resumed_end", "resumed_tokens",
+        "token_ids",
     )  # fmt: skip
 
     def __init__(self, index: int, text_stream: TextStream) -> None:
@@ -43,6 +44,7 @@ class Candidate:
         self._text_end = 0  # of the tokens whose text has been made
         self._plain = False  # the next delta brings nothing but tokens
         self.cached_tokens = 0
+        self.first_token_s: float | None = None
         self.last_token_s: float | None = None
         self.resumed_tokens = 0
         self.resumed_chars = 0

@@ -197,13 +197,12 @@ class Generation:
         now = time.monotonic()
         if not self._stay_started:
             self._begin_stay(now)
-        last_s = candidate.last_token_s
-        if last_s is not None:
-            self._metrics.record(ITL_S, (now - last_s) / (len(delta.token_ids) or 1), model=self._model)
-        elif candidate.index == 0:
-            self._metrics.record(TTFT_S, now - self._started_s, model=self._model)
-        candidate.last_token_s = now
+        if candidate.first_token_s is None:
+            candidate.first_token_s = now
+            if candidate.index == 0:
+                self._metrics.record(TTFT_S, now - self._started_s, model=self._model)
         if candidate.finish_reason:
+            candidate.last_token_s = now
             self._finish(delta, now)
         for reader in self._readers:
             if not reader.notice(candidate):
@@ -360,6 +359,10 @@ class Generation:
     def num_bytes(self) -> int:
         """That it takes in memory, about."""
         return sum(candidate.num_bytes for candidate in self.candidates)
+
+    def record_gap(self, between_tokens_s: float) -> None:
+        """As a reader has seen it. Told once per message: for each token it would cost as much as the token."""
+        self._metrics.record(ITL_S, between_tokens_s, model=self._model)
 
     def progress(self) -> inference_pb2.Progress | None:
         """What it waits for; None: for nothing but its next token."""

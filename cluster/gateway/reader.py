@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import time
 from collections.abc import AsyncIterator
 from typing import TYPE_CHECKING
 
@@ -19,13 +20,14 @@ _PROGRESS_INTERVAL_S = 0.5
 class _Place:
     """How far a reader is in one candidate."""
 
-    __slots__ = ("candidate", "ended", "num_chars", "num_tokens", "unread_from")
+    __slots__ = ("candidate", "ended", "num_chars", "num_tokens", "read_s", "unread_from")
 
     def __init__(self, candidate: Candidate, num_tokens: int, num_chars: int, ended: bool) -> None:
         self.candidate = candidate
         self.num_tokens = num_tokens
         self.num_chars = num_chars
         self.ended = ended
+        self.read_s: float | None = None
         self.unread_from = candidate.num_tokens  # what was there before the reader is not held against it
 
 
@@ -214,7 +216,11 @@ class Reader:
         self._sequence += 1
         if candidate.logprobs:
             chunk.logprobs.extend(candidate.logprobs[start - candidate.resumed_tokens :])
-        place.num_tokens = len(candidate.token_ids)
+        num_tokens, now = len(candidate.token_ids), time.monotonic()
+        if place.read_s is not None and num_tokens > start:
+            generation.record_gap((now - place.read_s) / (num_tokens - start))
+        place.read_s = now
+        place.num_tokens = num_tokens
         place.num_chars += len(text)
         if not self._sent_seed:
             self._sent_seed = True
@@ -239,6 +245,10 @@ class Reader:
         """All candidates, whole."""
         await self.wait()
         generation = self._generation
+        for candidate in generation.candidates:
+            first_s, last_s = candidate.first_token_s, candidate.last_token_s
+            if first_s is not None and last_s is not None and len(candidate.token_ids) > 1:
+                generation.record_gap((last_s - first_s) / (len(candidate.token_ids) - 1))
         return inference_pb2.GenerateResponse(
             generation_id=generation.generation_id,
             model=self.model,

@@ -210,5 +210,12 @@ async def test_metrics(create_setup: CreateSetup) -> None:
     assert sum(metrics.values(PROMPT_TOKENS)) == 5
     assert sum(metrics.values(GENERATED_TOKENS)) == 6
     assert len(metrics.values(TTFT_S)) == 1
-    assert len(metrics.values(ITL_S)) == 5
+    assert len(metrics.values(ITL_S)) == 1  # of an answer that comes whole, the mean
     assert len(metrics.values(E2E_S)) == 1
+
+
+async def test_a_streams_gaps_are_those_between_its_messages(create_setup: CreateSetup) -> None:
+    setup = await create_setup(FakeReplica())
+    chunks = await collect(setup.stub.GenerateStream(request("hello", max_tokens=6)))
+    await setup.gateway.drain(timeout_s=10)
+    assert len(setup.metrics.values(ITL_S)) == len(chunks) - 1
