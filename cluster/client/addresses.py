@@ -36,6 +36,7 @@ class AddressBook:
 
     Attributes:
         closed: whether the client has been closed; nothing goes anywhere then.
+        met: whether any of the gateways has ever answered: then they exist, and are worth waiting for.
     """
 
     def __init__(
@@ -46,7 +47,7 @@ class AddressBook:
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self.addresses = tuple(addresses)
-        self.closed = False
+        self.closed = self.met = False
         self._connected = connected
         self._clock = clock
         self._lost: set[str] = set()

@@ -52,7 +52,7 @@ class Client:
         credentials: TLS and the token; by default neither.
         deadline_s: for calls that bring none, retries included.
         max_attempts: how often each gateway is asked at most, before a call's first chunk.
-        reconnect_s: for how long a stream that was cut off looks for a gateway that answers.
+        reconnect_s: for how long a call waits for gateways that have answered before and do not now.
     """
 
     def __init__(

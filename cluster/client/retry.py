@@ -31,6 +31,7 @@ class Attempts:
 
     Once chunks came (``received``), the call is a stream that goes on from what it has. That takes nothing from the
     budget: it waits for a gateway that answers, and for one that has room, and ends with the deadline at the latest.
+    Where gateways have answered before and none does now, any call waits for them so.
 
     The wait doubles each time with full jitter, so that clients do not come back in step, and is never shorter than the
     server's RetryInfo. A wait that would outlast the deadline is not begun: the caller learns the error at once.
@@ -38,8 +39,8 @@ class Attempts:
     Args:
         name: the call's request id.
         max_attempts: how often each gateway is asked at most.
-        only: the one address that it may go to; None: any.
-        reconnect_s: for how long a stream looks for a gateway that answers.
+        only: the one address that it may go to, without waiting for it; None: any.
+        reconnect_s: for how long a call looks for a gateway that answers.
 
     Attributes:
         address: where the next attempt goes.
@@ -86,6 +87,7 @@ class Attempts:
     def succeeded(self) -> None:
         """The call, or the first chunk of a stream, came back."""
         self._budget.earn()
+        self._gateways.met = True
 
     def progressed(self) -> None:
         """Chunks come: what went wrong before is over."""
@@ -113,7 +115,8 @@ class Attempts:
         self._tried.add(self.address)
         self.address = self._only or self._gateways.pick(self._name, tried=self._tried)
         fresh = self.address not in self._tried
-        if received:
+        lost = isinstance(error, ServerUnreachable) and self._gateways.met and self._only is None
+        if received or lost:
             self._check_resumable(failure, error)
         elif not self._may_repeat(failure, error, fresh):
             raise error from None
@@ -143,6 +146,6 @@ class Attempts:
         if not never_sent(failure):
             self._breaks += 1
         if self._breaks > _MAX_BREAKS:
-            raise ServerUnreachable(f"the stream was cut off {self._breaks} times without a chunk in between: {error}")
+            raise ServerUnreachable(f"the call was cut off {self._breaks} times without a chunk in between: {error}")
         if now - self._cut_off_at >= self._reconnect_s:
-            raise ServerUnreachable(f"the stream was cut off and found no gateway for {self._reconnect_s:g} s: {error}")
+            raise ServerUnreachable(f"no gateway could be reached for {self._reconnect_s:g} s: {error}")

@@ -89,10 +89,12 @@ class ChaosClient:
         num_done: requests that came to their end.
         num_news: chunks and answers; grows as long as it gets anywhere.
         num_resumes, num_moves: how often a stream went on at a gateway, and a request at a replica.
+        ask: what it is at.
     """
 
     def __init__(self, addresses: str, seed: int) -> None:
         self.wrong: list[str] = []
+        self.ask: Ask | None = None
         self.num_done = self.num_news = self.num_resumes = self.num_moves = 0
         self._addresses = addresses
         self._rng = random.Random(seed)
@@ -105,7 +107,7 @@ class ChaosClient:
     async def run(self) -> None:
         async with AsyncClient(self._addresses, deadline_s=120) as client:
             while not self._ending:
-                ask = Ask.draw(self._rng)
+                self.ask = ask = Ask.draw(self._rng)
                 try:
                     problems = await (self._stream(client, ask) if ask.streams else self._generate(client, ask))
                 except ClusterError as error:

@@ -69,7 +69,7 @@ async def test_the_only_replica_and_the_only_gateway(create_chaos: CreateChaos):
 async def test_processes_that_hang_are_left(create_chaos: CreateChaos):
     """Stopped, not dead: no connection breaks. What they still had to say when they go on again is not heard."""
     chaos = await create_chaos(num_replicas=2, num_gateways=2, step_s=0.05)
-    chaos.load(6, seed=5)
+    chaos.load(12, seed=5)
     await chaos.progress()
     for _ in range(5 if FULL else 1):
         hung = [chaos.replicas[0], chaos.gateways[1]]

@@ -132,7 +132,7 @@ def test_where_no_gateway_is_left_it_says_so(read, servers):
     received, _, error = read(servers[:1], lambda count: servers[0].stop())
     assert text_of(received) == "a"
     assert isinstance(error, errors.ServerUnreachable)
-    assert "found no gateway for 1 s" in str(error)
+    assert "no gateway could be reached for 1 s" in str(error)
 
 
 @pytest.mark.parametrize("why", [errors.ReplicaLost("gone"), errors.EngineFault("a bug"), errors.Cancelled("by name")])

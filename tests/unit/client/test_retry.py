@@ -227,7 +227,7 @@ def test_a_stream_with_chunks_gives_up_after_a_time_without_any_gateway():
     clock.now += 4.9
     attempts.backoff_s(BareFailure("failed to connect to all addresses"), received=True)
     clock.now += 0.1
-    with pytest.raises(ServerUnreachable, match="found no gateway for 5 s"):
+    with pytest.raises(ServerUnreachable, match="no gateway could be reached for 5 s"):
         attempts.backoff_s(BareFailure("failed to connect to all addresses"), received=True)
 
 
@@ -251,3 +251,16 @@ def test_a_stream_that_breaks_every_connection_is_not_taken_on():
 def test_a_stream_that_failed_for_good_is_not_taken_on(reason):
     with pytest.raises(ClusterError):
         create_attempts("a:1", "b:1").backoff_s(Failure(grpc.StatusCode.ABORTED, reason=reason), received=True)
+
+
+def test_gateways_that_have_answered_before_are_waited_for():
+    clock, budget = Clock(), RetryBudget()
+    attempts = create_attempts(reconnect_s=5.0, deadline_s=100, clock=clock, budget=budget)
+    attempts.succeeded()
+    for _ in range(49):
+        attempts.backoff_s(BareFailure("failed to connect to all addresses"))
+        clock.now += 0.1
+    assert budget.spend()
+    clock.now += 0.1
+    with pytest.raises(ServerUnreachable, match="no gateway could be reached for 5 s"):
+        attempts.backoff_s(BareFailure("failed to connect to all addresses"))
