@@ -39,13 +39,16 @@ def chunks_of(*texts: str, finish: int = pb.FINISH_REASON_STOP, seed: int = 17) 
 class ScriptedServer(pb_grpc.InferenceServiceServicer):
     """Answers each method from its script; the last entry answers for ever.
 
+    Args:
+        credentials: of TLS; None: no TLS.
+
     Attributes:
         requests: what came in, in order.
         timeouts: the deadline that came with each, in seconds.
         ended: puts the method's name when the client's side of a streaming call is gone.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, credentials: grpc.ServerCredentials | None = None) -> None:
         self._scripts: dict[str, list[Answer]] = {}
         self.requests: list[Any] = []
         self.timeouts: list[float] = []
@@ -57,7 +60,11 @@ class ScriptedServer(pb_grpc.InferenceServiceServicer):
         )
         pb_grpc.add_InferenceServiceServicer_to_server(self, self._server)
         health_pb2_grpc.add_HealthServicer_to_server(self.health, self._server)
-        self.address = f"127.0.0.1:{self._server.add_insecure_port('127.0.0.1:0')}"
+        if credentials is None:
+            port = self._server.add_insecure_port("127.0.0.1:0")
+        else:
+            port = self._server.add_secure_port("127.0.0.1:0", credentials)
+        self.address = f"127.0.0.1:{port}"
         self._server.start()
 
     def script(self, method: str, *answers: Answer) -> None:
