@@ -63,7 +63,7 @@ async def test_requests_through_the_gateway(create_faults: CreateFaults):
             return error.code()
         return grpc.StatusCode.OK
 
-    for _ in range(NUM_CASES // 40):
+    for _ in range(NUM_CASES // 80):
         batch = [nearly_right(rng).SerializeToString() for _ in range(20)]
         batch = [damaged(rng, data) if rng.random() < 0.2 else data for data in batch]
         codes += await asyncio.gather(*map(code_of, batch))

@@ -9,7 +9,7 @@ import pytest
 from fault_setup import CreateFaults, EngineReplica, PacedExecutor, Stream, ask, expected, failure, tokens_of, until
 
 # Long enough to fill the buffers of a connection that nobody reads.
-LONG = {"max_tokens": 900, "n": 8}
+LONG = {"max_tokens": 500, "n": 8}
 
 
 def large(step_s: float = 0.0) -> EngineReplica:
@@ -27,7 +27,7 @@ async def test_a_slow_reader_is_cancelled_and_nobody_else(create_faults: CreateF
     quick = Stream(cluster.front, ask([70] * 5, seed=3, max_tokens=300))
     await quick.whole()
     await until(lambda: not cluster.replica.num_submissions)  # the engine works for nobody any more
-    assert len(cluster.executor.steps) < 850
+    assert len(cluster.executor.steps) < 450
 
     async def read() -> None:
         async for chunk in call:
@@ -53,7 +53,7 @@ async def test_a_slow_reader_within_its_bound_gets_larger_chunks(create_faults: 
     for index in range(8):
         assert tokens_of(chunks, index) == expected(request, index)
     assert max(len(chunk.token_ids) for chunk in chunks) > 50
-    assert len(chunks) < 8 * 900 / 2
+    assert len(chunks) < 8 * 500 / 2
 
 
 @pytest.mark.parametrize("streams", [True, False])
