@@ -21,13 +21,13 @@ async def test_a_slow_reader_is_cancelled_and_nobody_else(create_faults: CreateF
     """Slow reader: what is kept for it is bounded, then it is cancelled; others are unaffected, and what it has had is
     right."""
     cluster = await create_faults(large(), max_unread_tokens=100)
-    slow = ask(**LONG)
+    slow = ask(max_tokens=1500, n=8)
     call = cluster.stub.GenerateStream(slow)
     chunks = [await anext(aiter(call))]
     quick = Stream(cluster.front, ask([70] * 5, seed=3, max_tokens=300))
     await quick.whole()
     await until(lambda: not cluster.replica.num_submissions)  # the engine works for nobody any more
-    assert len(cluster.executor.steps) < 450
+    assert len(cluster.executor.steps) < 1450
 
     async def read() -> None:
         async for chunk in call:
