@@ -71,7 +71,8 @@ class Candidate:
         if not self._plain or finish_reason:
             self._push_whole(delta, finish_reason)
         else:
-            self.token_ids.extend(delta.token_ids)  # all that most deltas hold; their text is made when it is read
+            # All that most deltas hold; their text is made when it is read. A list is taken in faster than a field.
+            self.token_ids.extend(delta.token_ids[:])
 
     def _push_whole(self, delta: replica_pb2.TokenDelta, finish_reason: int) -> None:
         if delta.cached_tokens and not self._continued:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import codecs
 import json
 import re
+from collections.abc import Sequence
 from functools import lru_cache
 from typing import Any, Protocol
 from weakref import WeakKeyDictionary
@@ -24,6 +25,9 @@ class Detokenizer(Protocol):
 
     def push(self, token_id: int) -> str:
         """The text that is certain with this token; empty while a character is incomplete."""
+
+    def push_all(self, token_ids: Sequence[int]) -> str:
+        """As ``push`` of one after the other."""
 
     def finish(self) -> str:
         """What was held back; an incomplete character becomes U+FFFD, as in ``decode``."""
@@ -74,6 +78,10 @@ class ByteLevelDetokenizer:
 
     def push(self, token_id: int) -> str:
         return self._decode(self._vocabulary[token_id])
+
+    def push_all(self, token_ids: Sequence[int]) -> str:
+        vocabulary = self._vocabulary
+        return self._decode(b"".join([vocabulary[token_id] for token_id in token_ids]))
 
     def finish(self) -> str:
         return self._decode(b"", True)
@@ -138,6 +146,9 @@ class ByteFallbackDetokenizer:
         text = self._decode(piece) if isinstance(piece, bytes) else self._decode(b"", True) + piece
         return self._strip(text) if self._num_strippable else text
 
+    def push_all(self, token_ids: Sequence[int]) -> str:
+        return "".join([self.push(token_id) for token_id in token_ids])
+
     def finish(self) -> str:
         return self._decode(b"", True)
 
@@ -174,6 +185,9 @@ class WindowDetokenizer:
         if text.endswith("\ufffd") and len(self._window) - self._num_read < self._MAX_HELD_TOKENS:
             return ""
         return self._advance(text)
+
+    def push_all(self, token_ids: Sequence[int]) -> str:
+        return "".join([self.push(token_id) for token_id in token_ids])
 
     def finish(self) -> str:
         return self._advance(self._tokenizer.decode(self._window)) if self._num_read < len(self._window) else ""

@@ -3,15 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from typing import NamedTuple
 
 from cluster.text.detokenizer import create_detokenizer
 from cluster.text.stop_strings import StopStrings
 from cluster.text.tokenizer import Tokenizer
 
 
-@dataclass(frozen=True, slots=True)
-class TextDelta:
+class TextDelta(NamedTuple):
     """Text that is certain now.
 
     Attributes:
@@ -53,8 +52,7 @@ class TextStream:
         """Takes tokens in, in order. Not to be called after ``stopped`` or ``finish``."""
         if not self._may_stop:
             self._num_tokens += len(token_ids)
-            text = "".join([self._detokenizer.push(token_id) for token_id in token_ids])
-            return self._delta(text, stopped=False, num_tokens=len(token_ids))
+            return self._delta(self._detokenizer.push_all(token_ids), stopped=False, num_tokens=len(token_ids))
         pieces: list[str] = []
         for count, token_id in enumerate(token_ids, start=1):
             self._num_tokens += 1
