@@ -23,7 +23,7 @@ from cluster.errors import EngineFault, ReplicaLost, error_from_reason
 from cluster.gateway.replica_channel import open_replica_channel
 from cluster.gateway.submission import Submission, SubmissionSink
 from cluster.v1 import inference_pb2, replica_pb2, replica_pb2_grpc
-from cluster.wire import PROTOCOL_VERSION, SECRET_KEY, priority_from_proto
+from cluster.wire import PROTOCOL_VERSION, SECRET_KEY
 
 _MIN_BACKOFF_S = 0.05
 _MAX_BACKOFF_S = 2.0
@@ -150,24 +150,16 @@ class ReplicaLink:
 
     # -- work ---------------------------------------------------------------------------------------------------------
 
-    def submit(
-        self, message: replica_pb2.Submit, sink: SubmissionSink, placement: Placement | None = None
-    ) -> Submission:
+    def submit(self, message: replica_pb2.Submit, sink: SubmissionSink, placement: Placement) -> Submission:
         """Sends a request; only while ``ready``. Sets ``message.id``.
 
         Args:
-            placement: what the choice of this replica was made with; None: all of the prompt is to be computed.
+            placement: what the choice of this replica was made with.
         """
         message.id = next(self._ids)
         submission = Submission(self, message, sink)
         self._submissions[submission.id] = submission
         self.outstanding_tokens += submission.outstanding_tokens
-        if placement is None:
-            placement = Placement(
-                num_prompt_tokens=len(message.prompt_token_ids),
-                max_tokens=message.sampling.max_tokens,
-                priority=priority_from_proto(message.priority) or Priority.P1,
-            )
         self._view.send(submission.id, placement)
         self._outbox.submits.append(message)
         self._outbox_filled.set()
