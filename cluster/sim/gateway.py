@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import random
-from collections import deque
+from collections import Counter, deque
 from collections.abc import Sequence
 from typing import Protocol
 
+from cluster.core.prefix_cache import CacheChanges
 from cluster.core.prefix_index import block_name
 from cluster.core.replica_view import ReplicaView
 from cluster.core.router import Router
@@ -89,7 +90,8 @@ class QueueingGateway:
         self._views = {replica.replica_id: _view(replica) for replica in replicas}
         self._router = Router(config, rng)
         self._queue: dict[int, Placement] = {}
-        self._homes: dict[int, str] = {}
+        self._homes: dict[int, tuple[str, int]] = {}  # of what was sent, with the tokens of prompt and completion
+        self._outstanding_tokens = Counter[str]()
 
     def arrive(self, request_id: int, arrival: Arrival) -> None:
         self._queue[request_id] = Placement(
@@ -108,7 +110,7 @@ class QueueingGateway:
             return None
         snapshots = [
             self._views[replica.replica_id].snapshot(
-                placement, outstanding_tokens=replica.outstanding_tokens, ready=True
+                placement, outstanding_tokens=self._outstanding_tokens[replica.replica_id], ready=True
             )
             for replica in up
         ]
@@ -116,13 +118,18 @@ class QueueingGateway:
         if replica_id is None:
             return None
         del self._queue[request_id]
-        self._homes[request_id] = replica_id
+        num_tokens = placement.num_prompt_tokens + placement.max_tokens
+        self._homes[request_id] = replica_id, num_tokens
+        self._outstanding_tokens[replica_id] += num_tokens
         self._views[replica_id].send(request_id, placement)
         return request_id, self._replicas[replica_id]
 
     def hear(self, replica: Replica, sampled: Sequence[int]) -> None:
-        replica, view = self._replicas[replica.replica_id], self._views[replica.replica_id]
-        changes = replica.take_cache_changes()
+        self.learn(replica.replica_id, self._replicas[replica.replica_id].take_cache_changes(), sampled)
+
+    def learn(self, replica_id: str, changes: CacheChanges, sampled: Sequence[int]) -> None:
+        """What a step has changed, where somebody else has asked the replica: there are several gateways."""
+        replica, view = self._replicas[replica_id], self._views[replica_id]
         view.hear_of_blocks(reset=False, added=changes.added, removed=changes.removed)
         for request_id in sampled:
             view.begin(request_id)
@@ -131,8 +138,9 @@ class QueueingGateway:
 
     def forget(self, request_id: int) -> None:
         self._queue.pop(request_id, None)
-        replica_id = self._homes.pop(request_id, None)
-        if replica_id is not None:
+        if request_id in self._homes:
+            replica_id, num_tokens = self._homes.pop(request_id)
+            self._outstanding_tokens[replica_id] -= num_tokens
             self._views[replica_id].begin(request_id)
 
     def lose(self, replica: Replica) -> None:

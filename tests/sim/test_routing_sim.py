@@ -15,6 +15,7 @@ from cluster.core.routing_config import PolicyName, RoutingConfig
 from cluster.sim.advertising_replica import AdvertisingReplica
 from cluster.sim.gateway import QueueingGateway
 from cluster.sim.recording import Ending, Recording
+from cluster.sim.replica import Replica
 from cluster.sim.routing_study import RoutingOutcome, hit_ceiling, replay_trace
 from cluster.sim.simulator import Crash, Simulator
 from cluster.sim.workload import MOONCAKE_BLOCK_TOKENS, Arrival, read_mooncake
@@ -67,6 +68,21 @@ def test_the_ceiling_is_what_was_seen_before() -> None:
 # -- made-up loads -----------------------------------------------------------------------------------------------------
 
 
+def create_replicas(slowness: Sequence[float]) -> list[AdvertisingReplica]:
+    config = SchedulerConfig(max_num_seqs=32, max_num_batched_tokens=256)
+
+    def create(index: int, factor: float) -> AdvertisingReplica:
+        def step_s(num_samples: float, context: float, num_prefill_tokens: float, start: float) -> float:
+            return factor * (0.01 + 5e-4 * (num_samples + num_prefill_tokens))
+
+        step_times = create_step_times(step_s=step_s)
+        return AdvertisingReplica(
+            f"replica-{index}", config, num_blocks=2048, block_size=BLOCK_SIZE, step_times=step_times
+        )
+
+    return [create(index, factor) for index, factor in enumerate(slowness)]
+
+
 def run(
     arrivals: Sequence[Arrival],
     policy: PolicyName,
@@ -75,21 +91,7 @@ def run(
     faults: Sequence[Crash] = (),
 ) -> tuple[Recording, Counter[str]]:
     """What happened, and how many requests each replica took."""
-    config = SchedulerConfig(max_num_seqs=32, max_num_batched_tokens=256)
-
-    def create(index: int, factor: float) -> AdvertisingReplica:
-        def step_s(num_samples: float, context: float, num_prefill_tokens: float, start: float) -> float:
-            return factor * (0.01 + 5e-4 * (num_samples + num_prefill_tokens))
-
-        return AdvertisingReplica(
-            f"replica-{index}",
-            config,
-            num_blocks=2048,
-            block_size=BLOCK_SIZE,
-            step_times=create_step_times(step_s=step_s),
-        )
-
-    replicas = [create(index, factor) for index, factor in enumerate(slowness)]
+    replicas = create_replicas(slowness)
     taken: Counter[str] = Counter()
 
     class CountingGateway(QueueingGateway):
@@ -101,6 +103,34 @@ def run(
 
     gateway = CountingGateway(replicas, RoutingConfig(policy=policy), random.Random(0))
     return Simulator(replicas, random.Random(0), gateway).run(arrivals, faults), taken
+
+
+class SeveralGateways:
+    """Each arrival at one of them, in turn. They know of each other only what replicas say of their load."""
+
+    def __init__(self, replicas: Sequence[AdvertisingReplica], num: int) -> None:
+        config = RoutingConfig(policy="prefix_affinity")
+        self._gateways = [QueueingGateway(replicas, config, random.Random(index)) for index in range(num)]
+
+    def arrive(self, request_id: int, arrival: Arrival) -> None:
+        self._gateways[request_id % len(self._gateways)].arrive(request_id, arrival)
+
+    def next(self, now: float) -> tuple[int, Replica | None] | None:
+        return next((sent for gateway in self._gateways if (sent := gateway.next(now)) is not None), None)
+
+    def hear(self, replica: Replica, sampled: Sequence[int]) -> None:
+        assert isinstance(replica, AdvertisingReplica)
+        changes = replica.take_cache_changes()
+        for gateway in self._gateways:
+            gateway.learn(replica.replica_id, changes, sampled)
+
+    def forget(self, request_id: int) -> None:
+        for gateway in self._gateways:
+            gateway.forget(request_id)
+
+    def lose(self, replica: Replica) -> None:
+        for gateway in self._gateways:
+            gateway.lose(replica)
 
 
 def create_conversations(num: int, num_turns: int, rate: float, seed: int = 0) -> list[Arrival]:
@@ -138,6 +168,19 @@ def test_a_conversation_stays_where_it_began() -> None:
     in_turn, _ = run(arrivals, "round_robin")
     assert cached_share(affinity) > 0.9 > 0.5 > cached_share(in_turn)
     assert max(taken.values()) < 2 * min(taken.values())
+
+
+def test_gateways_that_do_not_talk_to_each_other_find_what_one_would() -> None:
+    arrivals = create_conversations(60, 5, rate=20.0)
+    outcomes = []
+    for num in (1, 3):
+        replicas = create_replicas((1.0,) * 4)
+        recording = Simulator(replicas, random.Random(0), SeveralGateways(replicas, num)).run(arrivals)
+        first_tokens = sorted(each.first_token_s - each.arrival.at_s for each in recording.records)  # type: ignore[operator]
+        outcomes.append((cached_share(recording), first_tokens[len(first_tokens) * 9 // 10]))
+    (one_share, one_ttft_s), (share, ttft_s) = outcomes
+    assert share > 0.95 * one_share
+    assert ttft_s < 1.2 * one_ttft_s
 
 
 def test_what_all_begin_with_comes_to_be_everywhere() -> None:
