@@ -73,7 +73,8 @@ def run_engine(
 
 @dataclass(frozen=True)
 class Reference:
-    """One prompt's greedy continuation by transformers. ``logprobs_NV``: N tokens, V vocabulary."""
+    """What transformers says of one prompt's continuation: the token that it would choose at each position, which is
+    its own greedy continuation for as long as the two agree. ``logprobs_NV``: N tokens, V vocabulary."""
 
     token_ids: list[int]
     logprobs_NV: torch.Tensor
@@ -81,24 +82,21 @@ class Reference:
 
 @torch.inference_mode()
 def run_transformers(
-    checkpoint: Path, prompts: Sequence[Sequence[int]], dtype: torch.dtype = torch.float32, device: str = "cpu"
+    checkpoint: Path,
+    prompts: Sequence[Sequence[int]],
+    outputs: Sequence[Sequence[SampledToken]],
+    dtype: torch.dtype = torch.float32,
+    device: str = "cpu",
 ) -> list[Reference]:
-    """Each prompt alone, so that no padding takes part."""
+    """Of each prompt with what was generated from it: alone, so that no padding takes part, and in one pass, which says
+    the same as a step for each token."""
     model = AutoModelForCausalLM.from_pretrained(checkpoint, dtype=dtype).eval().to(device)
     references = []
-    for prompt in prompts:
-        output = model.generate(
-            torch.tensor([prompt], device=device),
-            attention_mask=torch.ones(1, len(prompt), dtype=torch.int64, device=device),
-            max_new_tokens=NUM_TOKENS,
-            eos_token_id=-1,
-            pad_token_id=0,
-            do_sample=False,
-            return_dict_in_generate=True,
-            output_logits=True,
-        )
-        logprobs_NV = torch.cat(output.logits).float().log_softmax(-1).cpu()
-        references.append(Reference(output.sequences[0, len(prompt) :].tolist(), logprobs_NV))
+    for prompt, output in zip(prompts, outputs, strict=True):
+        token_ids = [*prompt, *(token.token_id for token in output[:-1])]
+        logits_TV = model(torch.tensor([token_ids], device=device), use_cache=False).logits[0]
+        logprobs_NV = logits_TV[len(prompt) - 1 :].float().log_softmax(-1).cpu()
+        references.append(Reference(logprobs_NV.argmax(-1).tolist(), logprobs_NV))
     return references
 
 

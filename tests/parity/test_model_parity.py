@@ -80,7 +80,8 @@ def test_greedy_tokens_and_logprobs_equal_transformers(variant: str, platform: s
     assert engine.model.backend.startswith("cluster")
     assert engine.model.kernels.startswith(platform if device == "cpu" else "triton")
     assert engine.model.device.startswith(device)
-    apart = distance(run_transformers(checkpoint, prompts, device=device), run_engine(engine, prompts))
+    outputs = run_engine(engine, prompts)
+    apart = distance(run_transformers(checkpoint, prompts, outputs, device=device), outputs)
     assert apart.num_differing == 0
     assert apart.logprob <= 1e-4
 
@@ -139,8 +140,9 @@ def test_the_parity_check_sees_a_small_fault(fault: str, tmp_path: Path):
     damaged = shutil.copytree(original, tmp_path / "damaged")
     FAULTS[fault](damaged)
     prompts = create_prompts((5, 40))
-    assert distance(run_transformers(original, prompts), run_engine(create_engine(original), prompts)).logprob <= 1e-4
-    assert distance(run_transformers(original, prompts), run_engine(create_engine(damaged), prompts)).logprob > 1e-3
+    sound, other = (run_engine(create_engine(checkpoint), prompts) for checkpoint in (original, damaged))
+    assert distance(run_transformers(original, prompts, sound), sound).logprob <= 1e-4
+    assert distance(run_transformers(original, prompts, other), other).logprob > 1e-3
 
 
 @pytest.mark.parametrize("device", ["cpu", CUDA])
@@ -152,8 +154,9 @@ def test_16_bit_runs_stay_near_float32(architecture: str, dtype: str, bound: flo
     prompts = create_prompts()
     engine = create_engine(checkpoint, device=device, dtype=dtype)
     assert (engine.model.dtype, torch.device(engine.model.device).type) == (dtype, device)
-    expected = [reference.logprobs_NV[0] for reference in run_transformers(checkpoint, prompts)]
-    for output, logprobs_V in zip(run_engine(engine, prompts), expected, strict=True):
+    outputs = run_engine(engine, prompts)
+    expected = [reference.logprobs_NV[0] for reference in run_transformers(checkpoint, prompts, outputs)]
+    for output, logprobs_V in zip(outputs, expected, strict=True):
         for token_id, logprob in output[0].top_logprobs:
             assert abs(logprob - logprobs_V[token_id].item()) < bound
 
@@ -165,7 +168,8 @@ def test_a_bfloat16_checkpoint_is_computed_in_float32(platform: str, weights: st
     prompts = create_prompts()
     engine = create_engine(checkpoint, weights=weights, kv_cache_dtype="float32", **PLATFORMS[platform])
     assert engine.model.weights == ("bfloat16" if (platform, weights) == ("cpu", "auto") else "float32")
-    apart = distance(run_transformers(checkpoint, prompts, torch.float32), run_engine(engine, prompts))
+    outputs = run_engine(engine, prompts)
+    apart = distance(run_transformers(checkpoint, prompts, outputs, torch.float32), outputs)
     assert apart.num_differing == 0
     assert apart.logprob <= 1e-4
 
@@ -175,7 +179,8 @@ def test_model_impl_transformers_runs_a_known_family_too(tmp_path: Path):
     prompts = create_prompts()
     engine = create_engine(checkpoint, model_impl="transformers")
     assert engine.model.backend.startswith("transformers")
-    apart = distance(run_transformers(checkpoint, prompts), run_engine(engine, prompts))
+    outputs = run_engine(engine, prompts)
+    apart = distance(run_transformers(checkpoint, prompts, outputs), outputs)
     assert apart.num_differing == 0
     assert apart.logprob <= 1e-4
 
@@ -185,6 +190,7 @@ def test_an_architecture_without_code_of_ours_falls_back_to_transformers(tmp_pat
     prompts = create_prompts()
     engine = create_engine(checkpoint)
     assert engine.model.backend.startswith("transformers")
-    apart = distance(run_transformers(checkpoint, prompts), run_engine(engine, prompts))
+    outputs = run_engine(engine, prompts)
+    apart = distance(run_transformers(checkpoint, prompts, outputs), outputs)
     assert apart.num_differing == 0
     assert apart.logprob <= 1e-4
