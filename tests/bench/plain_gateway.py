@@ -8,6 +8,7 @@ from __future__ import annotations
 import argparse
 import asyncio
 import json
+import signal
 
 import uvloop
 from fake_engine import SECRET
@@ -22,11 +23,13 @@ from cluster.gateway.server import Gateway
 
 
 async def serve(config: GatewayConfig, classes: ClassesConfig, checkpoint: str, replicas: list[ReplicaAddress]) -> None:
-    """Prints the address, and serves model "test" until the process is killed."""
+    """Prints the address, and serves model "test" until the process is killed. SIGUSR1 makes it print how many tasks
+    its event loop has."""
     model = ServedModel("test", resolve_checkpoint(checkpoint, weights=False))
     gateway = Gateway(config, [model], secret=SECRET, classes=classes)
     port = await gateway.start()
     gateway.set_replicas("test", replicas)
+    asyncio.get_running_loop().add_signal_handler(signal.SIGUSR1, lambda: print(len(asyncio.all_tasks()), flush=True))
     print(f"{config.host}:{port}", flush=True)
     await asyncio.Event().wait()
 

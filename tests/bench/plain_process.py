@@ -57,6 +57,11 @@ class PlainProcess:
     def num_fds(self) -> int:
         return self._process.num_fds()
 
+    def num_tasks(self) -> int:
+        """Of a gateway's event loop."""
+        self._child.send_signal(signal.SIGUSR1)
+        return int(self._child.stdout.readline())
+
     def terminate(self, timeout_s: float = 10.0) -> None:
         """SIGTERM, and SIGKILL where it has not ended in time. Idempotent."""
         if self._child.poll() is None:
