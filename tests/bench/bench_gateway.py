@@ -6,7 +6,7 @@ step a token is at the client. Unary: how much longer a call takes than the engi
 capacity.
 
     python tests/bench/bench_gateway.py --streams 64 --tokens-per-s 10000,20000
-    python tests/bench/bench_gateway.py --unary
+    python tests/bench/bench_gateway.py --unary --secure
 """
 
 from __future__ import annotations
@@ -15,10 +15,11 @@ import argparse
 import asyncio
 import gc
 import itertools
+import json
 import random
 import tempfile
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -26,7 +27,8 @@ from pathlib import Path
 import numpy as np
 import uvloop
 from lean_client import LeanConnection
-from plain_process import PlainProcess, engines, gateway, wait_serving
+from plain_process import engines, gateway, wait_serving
+from security import MutualTls
 from stamp import report
 
 from cluster.v1 import inference_pb2
@@ -58,19 +60,43 @@ class Journal:
         return self.step_times_s[step + position - first]
 
 
-@contextmanager
-def serving(*engine_options: object) -> Iterator[tuple[PlainProcess, Callable[[], Journal]]]:
-    """A gateway in front of an engine, and a function that ends the engine and returns its journal."""
-    with tempfile.TemporaryDirectory(prefix="bench-gateway-") as directory:
-        file = Path(directory) / "journal.npz"
-        (engine,) = engines(["--journal", file, *engine_options])
-        with engine, gateway([engine]) as gateway_process:
+class Bench:
+    """A gateway in front of an engine. A context manager.
 
-            def journal() -> Journal:
-                engine.terminate()
-                return Journal.read(file)
+    Args:
+        secure: clients come with mutual TLS and a bearer token.
+    """
 
-            yield gateway_process, journal
+    def __init__(self, *engine_options: object, secure: bool) -> None:
+        self._directory = tempfile.TemporaryDirectory(prefix="bench-gateway-")
+        directory = Path(self._directory.name)
+        self._journal = directory / "journal.npz"
+        self._tls = MutualTls(directory) if secure else None
+        (self._engine,) = engines(["--journal", self._journal, *engine_options])
+        config = {} if self._tls is None else self._tls.config
+        self.gateway = gateway([self._engine], "--config", json.dumps(config))
+
+    def __enter__(self) -> Bench:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.gateway.terminate()
+        self._engine.terminate()
+        self._directory.cleanup()
+
+    async def connect(self) -> list[LeanConnection]:
+        """Connections to the gateway, which serves."""
+        address, tls = self.gateway.address, self._tls
+        if tls is None:
+            await wait_serving(address)
+            return [await LeanConnection.open(address) for _ in range(_NUM_CONNECTIONS)]
+        await wait_serving(address, credentials=tls.credentials)
+        return [await LeanConnection.open(address, tls.metadata, tls.context) for _ in range(_NUM_CONNECTIONS)]
+
+    def journal(self) -> Journal:
+        """Of the engine, which ends."""
+        self._engine.terminate()
+        return Journal.read(self._journal)
 
 
 @contextmanager
@@ -84,12 +110,6 @@ def steady() -> Iterator[None]:
         gc.enable()
 
 
-async def connect(gateway_process: PlainProcess) -> list[LeanConnection]:
-    """Connections to a gateway that serves."""
-    await wait_serving(gateway_process.address)
-    return [await LeanConnection.open(gateway_process.address) for _ in range(_NUM_CONNECTIONS)]
-
-
 def request(max_tokens: int) -> bytes:
     sampling = inference_pb2.SamplingParams(max_tokens=max_tokens, ignore_eos=True)
     return inference_pb2.GenerateRequest(prompt=_PROMPT, sampling=sampling).SerializeToString()
@@ -99,11 +119,11 @@ def request(max_tokens: int) -> bytes:
 
 
 async def read_streams(
-    gateway_process: PlainProcess, num_streams: int, seconds: float, warm_up_s: float
+    bench: Bench, num_streams: int, seconds: float, warm_up_s: float
 ) -> tuple[list[tuple[float, bytes]], float, float]:
     """What arrived while it was measured, each with its time; the gateway's processor time and the time meanwhile."""
     arrived: list[tuple[float, bytes]] = []
-    connections = await connect(gateway_process)
+    connections = await bench.connect()
     message = request(2**18)
 
     def take(now: float, raw: bytes) -> None:
@@ -113,9 +133,9 @@ async def read_streams(
         calls = [connections[i % _NUM_CONNECTIONS].call(_STREAM, message, take) for i in range(num_streams)]
         await asyncio.sleep(warm_up_s)
         arrived.clear()
-        begun_s, cpu_s = time.monotonic(), gateway_process.cpu_s()
+        begun_s, cpu_s = time.monotonic(), bench.gateway.cpu_s()
         await asyncio.sleep(seconds)
-        took_s, cpu_s = time.monotonic() - begun_s, gateway_process.cpu_s() - cpu_s
+        took_s, cpu_s = time.monotonic() - begun_s, bench.gateway.cpu_s() - cpu_s
         measured = arrived.copy()
     if any(call.ended.done() for call in calls):
         raise RuntimeError("a stream ended before its time")
@@ -124,13 +144,15 @@ async def read_streams(
     return measured, cpu_s, took_s
 
 
-def measure_streams(num_streams: int, tokens_per_s: float, seconds: float, warm_up_s: float) -> dict[str, object]:
+def measure_streams(
+    num_streams: int, tokens_per_s: float, seconds: float, warm_up_s: float, *, secure: bool
+) -> dict[str, object]:
     """At one number of streams and one rate of the engine."""
     step_s = num_streams / tokens_per_s
-    with serving("--step-ms", step_s * 1e3) as (gateway_process, journal):
-        arrived, cpu_s, took_s = uvloop.run(read_streams(gateway_process, num_streams, seconds, warm_up_s))
-        rss_bytes = gateway_process.rss_bytes()
-        steps = journal()
+    with Bench("--step-ms", step_s * 1e3, secure=secure) as bench:
+        arrived, cpu_s, took_s = uvloop.run(read_streams(bench, num_streams, seconds, warm_up_s))
+        rss_bytes = bench.gateway.rss_bytes()
+        steps = bench.journal()
     num_tokens = 0
     late_s = []
     for arrived_s, raw in arrived:
@@ -155,10 +177,10 @@ def measure_streams(num_streams: int, tokens_per_s: float, seconds: float, warm_
 
 
 async def call_unary(
-    gateway_process: PlainProcess, max_tokens: int, load: float, seconds: float, warm_up_s: float
+    bench: Bench, max_tokens: int, load: float, seconds: float, warm_up_s: float
 ) -> tuple[list[tuple[float, bytes]], dict[str, object]]:
     """How long each call took, and its answer, at Poisson arrivals; the processor time of a call sets the rate."""
-    connections = itertools.cycle(await connect(gateway_process))
+    connections = itertools.cycle(await bench.connect())
     message = request(max_tokens)
 
     async def repeat(until_s: float) -> int:
@@ -170,9 +192,9 @@ async def call_unary(
 
     with steady():
         await asyncio.gather(*(repeat(time.monotonic() + warm_up_s) for _ in range(16)))
-        cpu_s = gateway_process.cpu_s()
+        cpu_s = bench.gateway.cpu_s()
         counts = await asyncio.gather(*(repeat(time.monotonic() + seconds / 2) for _ in range(16)))
-        call_cpu_s = (gateway_process.cpu_s() - cpu_s) / sum(counts)
+        call_cpu_s = (bench.gateway.cpu_s() - cpu_s) / sum(counts)
 
         answers: list[tuple[float, bytes]] = []
 
@@ -186,13 +208,13 @@ async def call_unary(
         rng, calls = random.Random(1), []
         rate = load / call_cpu_s
         due_s = begun_s = time.monotonic()
-        cpu_s = gateway_process.cpu_s()
+        cpu_s = bench.gateway.cpu_s()
         while due_s < begun_s + seconds:
             due_s += rng.expovariate(rate)
             if (wait_s := due_s - time.monotonic()) > 0:
                 await asyncio.sleep(wait_s)
             calls.append(asyncio.create_task(call()))
-        cpu_s, took_s = gateway_process.cpu_s() - cpu_s, time.monotonic() - begun_s
+        cpu_s, took_s = bench.gateway.cpu_s() - cpu_s, time.monotonic() - begun_s
         await asyncio.gather(*calls)
     for connection in itertools.islice(connections, _NUM_CONNECTIONS):
         await connection.close()
@@ -203,11 +225,13 @@ async def call_unary(
     }
 
 
-def measure_unary(max_tokens: int, step_ms: float, load: float, seconds: float, warm_up_s: float) -> dict[str, object]:
+def measure_unary(
+    max_tokens: int, step_ms: float, load: float, seconds: float, warm_up_s: float, *, secure: bool
+) -> dict[str, object]:
     """What the gateway adds to calls of so many tokens while it is busy for the share ``load`` of its time."""
-    with serving("--step-ms", step_ms) as (gateway_process, journal):
-        answers, figures = uvloop.run(call_unary(gateway_process, max_tokens, load, seconds, warm_up_s))
-        steps = journal()
+    with Bench("--step-ms", step_ms, secure=secure) as bench:
+        answers, figures = uvloop.run(call_unary(bench, max_tokens, load, seconds, warm_up_s))
+        steps = bench.journal()
     added_s = []
     for took_s, raw in answers:
         answer = inference_pb2.GenerateResponse.FromString(raw)
@@ -228,24 +252,24 @@ def main() -> None:
     parser.add_argument("--unary", action="store_true", help="measure unary calls instead")
     parser.add_argument("--max-tokens", type=int, default=16, help="of a unary call")
     parser.add_argument("--step-ms", type=float, default=2.0, help="of the engine under unary calls")
+    parser.add_argument("--secure", action="store_true", help="measure again with mutual TLS and JWT")
     parser.add_argument("--load", type=float, default=0.7, help="share of the gateway's capacity in unary calls")
     parser.add_argument("--seconds", type=float, default=8.0)
     parser.add_argument("--warm-up-s", type=float, default=2.0)
     arguments = parser.parse_args()
-    if arguments.unary:
-        figures = measure_unary(
-            arguments.max_tokens, arguments.step_ms, arguments.load, arguments.seconds, arguments.warm_up_s
-        )
-        report({"unary": figures})
-        return
     rates = [float(rate) for rate in arguments.tokens_per_s.split(",")]
-    report(
-        {
-            "streams": [
-                measure_streams(arguments.streams, rate, arguments.seconds, arguments.warm_up_s) for rate in rates
-            ]
-        }
-    )
+    times = arguments.seconds, arguments.warm_up_s
+
+    def measure(secure: bool) -> list[dict[str, object]]:
+        if arguments.unary:
+            load = arguments.max_tokens, arguments.step_ms, arguments.load
+            return [measure_unary(*load, *times, secure=secure)]
+        return [measure_streams(arguments.streams, rate, *times, secure=secure) for rate in rates]
+
+    name, figures = "unary" if arguments.unary else "streams", {"plain": measure(False)}
+    if arguments.secure:
+        figures["mutual TLS, JWT"] = measure(True)
+    report({name: figures})
 
 
 if __name__ == "__main__":

@@ -78,9 +78,18 @@ class PlainProcess:
         self._child.wait()
 
 
-async def wait_serving(address: str, timeout_s: float = 60.0) -> None:
-    """Returns when the gateway there has ready replicas."""
-    async with grpc.aio.insecure_channel(address) as channel, asyncio.timeout(timeout_s):
+async def wait_serving(
+    address: str, *, credentials: grpc.ChannelCredentials | None = None, timeout_s: float = 60.0
+) -> None:
+    """Returns when the gateway there has ready replicas.
+
+    Args:
+        credentials: of TLS; None: no TLS.
+    """
+    open_channel = grpc.aio.insecure_channel(address)
+    if credentials is not None:
+        open_channel = grpc.aio.secure_channel(address, credentials)
+    async with open_channel as channel, asyncio.timeout(timeout_s):
         async for health in health_pb2_grpc.HealthStub(channel).Watch(health_pb2.HealthCheckRequest()):
             if health.status == health_pb2.HealthCheckResponse.SERVING:
                 return
