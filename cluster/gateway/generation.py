@@ -114,9 +114,8 @@ class Generation:
         self.candidates = candidates
         self._exact = fingerprint is not None or not self._touched
         self._num_finished = sum(bool(candidate.finish_reason) for candidate in candidates)
-        for reader in self._readers:
-            reader.begin()
-        if self.complete:
+        self._readers = [reader for reader in self._readers if reader.begin()]
+        if self.complete or not self._readers:
             self._end()
         else:
             self._place_when_ready()
@@ -324,11 +323,10 @@ class Generation:
 
     # -- for readers --------------------------------------------------------------------------------------------------
 
-    def attach(self, reader: Reader, places: list[tuple[int, int, bool]] | None = None) -> None:
-        """From now on the reader hears of what is new; see Reader.begin for ``places``."""
-        if self.candidates:
-            reader.begin(places)
-        self._readers.append(reader)
+    def attach(self, reader: Reader) -> None:
+        """From now on the reader hears of what is new."""
+        if not self.candidates or reader.begin():
+            self._readers.append(reader)
 
     def detach(self, reader: Reader) -> None:
         """The reader has gone. With the last one, whatever still runs is cancelled."""

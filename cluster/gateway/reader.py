@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable
 from typing import TYPE_CHECKING
 
+from cluster.errors import ClusterError
 from cluster.gateway.candidate import Candidate
 from cluster.gateway.write_pacer import WritePacer
 from cluster.v1 import inference_pb2
@@ -44,6 +45,8 @@ class Reader:
         max_unread_tokens: a stream that leaves more of a candidate unread is ended.
         pacer: says when a stream may write.
         first_sequence: of its next chunk.
+        find_places: where it begins in each candidate, asked once there are any: tokens, code points, and whether it
+            has had the end. None: after what the client had before this gateway began.
     """
 
     def __init__(
@@ -56,6 +59,7 @@ class Reader:
         max_unread_tokens: int,
         pacer: WritePacer,
         first_sequence: int = 0,
+        find_places: Callable[[], list[tuple[int, int, bool]]] | None = None,
     ) -> None:
         self.model = model
         self.error: Exception | None = None
@@ -65,6 +69,7 @@ class Reader:
         self._max_unread_tokens = max_unread_tokens
         self._turns = pacer.join(self.wake)
         self._sequence = first_sequence
+        self._find_places = find_places
         self._sent_seed = False
         self._sent_fingerprint = b""
         self._reported: inference_pb2.Progress | None = None
@@ -81,20 +86,19 @@ class Reader:
 
     # -- from the generation ------------------------------------------------------------------------------------------
 
-    def begin(self, places: list[tuple[int, int, bool]] | None = None) -> None:
-        """The generation has its candidates.
-
-        Args:
-            places: where it begins in each: tokens, code points, and whether it has had its end. None: after what the
-                client had before this gateway began.
-        """
+    def begin(self) -> bool:
+        """The generation has its candidates. False: they are not what this call goes on with, and it has failed."""
         candidates = self._generation.candidates
-        if places is None:
-            self._places = [
-                _Place(each, each.resumed_tokens, each.resumed_chars, each.resumed_end) for each in candidates
-            ]
+        if self._find_places is None:
+            places = [(each.resumed_tokens, each.resumed_chars, each.resumed_end) for each in candidates]
         else:
-            self._places = [_Place(each, *place) for each, place in zip(candidates, places, strict=True)]
+            try:
+                places = self._find_places()
+            except ClusterError as error:
+                self.fail(error)
+                return False
+        self._places = [_Place(each, *place) for each, place in zip(candidates, places, strict=True)]
+        return True
 
     def notice(self, candidate: Candidate) -> bool:
         """The candidate has something new; False where too much of it is unread."""
@@ -143,10 +147,12 @@ class Reader:
             Exception: it cannot be.
         """
         generation = self._generation
-        while not generation.candidates:
+        while True:
             error = self.error or generation.error
             if error is not None:
                 raise error
+            if generation.candidates:
+                return
             self._waiter = asyncio.get_running_loop().create_future()
             await self._waiter
 

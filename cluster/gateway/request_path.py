@@ -81,6 +81,11 @@ class RequestPath:
                 max_unread_tokens=self._config.max_unread_tokens,
                 pacer=self._pacer,
                 first_sequence=request.resume.sequence,
+                find_places=(
+                    None
+                    if is_new
+                    else lambda: places_in(generation, request.resume, lambda: _text_stream(entry, sampling))
+                ),
             )
             generation.attach(reader)
             try:
@@ -96,11 +101,8 @@ class RequestPath:
                         deadline_s=deadline_s,
                         max_prompt_bytes=self._config.max_prompt_bytes,
                     ).begin()
-                if not (is_new and request.progress):
+                if not request.progress:
                     await reader.begun()
-                if not is_new:
-                    resume = request.resume if request.HasField("resume") else None
-                    reader.begin(places_in(generation, resume, lambda: _text_stream(entry, sampling)))
                 yield reader
             finally:
                 reader.close()

@@ -75,16 +75,16 @@ def resumed_candidates(
 
 
 def places_in(
-    generation: Generation, resume: inference_pb2.Resume | None, create: Callable[[], TextStream]
+    generation: Generation, resume: inference_pb2.Resume, create: Callable[[], TextStream]
 ) -> list[tuple[int, int, bool]]:
-    """Where a call that joins a generation begins to read each of its candidates: see Reader.begin.
+    """Where a call that joins a generation begins to read each of its candidates: see Reader.
 
     Raises:
         AlreadyExists: the generation does not have what comes before its own beginning.
         InvalidRequest: the client's tokens are not the generation's.
     """
     places = [(0, 0, False)] * len(generation.candidates)
-    for position, had in enumerate(resume.candidates if resume is not None else ()):
+    for position, had in enumerate(resume.candidates):
         candidate = generation.candidates[had.index]
         num_tokens = len(had.token_ids)
         if candidate.token_ids[:num_tokens] != list(had.token_ids):

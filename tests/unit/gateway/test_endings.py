@@ -253,8 +253,6 @@ async def test_a_draining_replica_finishes_what_it_has(create_setup: CreateSetup
     await first_chunk(setup, stream)
     await setup.replica.drain()
     await setup.wait_states("test", DRAINING)
-    late = await failure(setup.stub.Generate(request(), timeout=0.1))
-    assert late.code == grpc.StatusCode.DEADLINE_EXCEEDED
-    assert len(setup.replica.submits) == 1
+    assert (await failure(setup.stub.Generate(request()))).code == grpc.StatusCode.UNAVAILABLE
     await setup.replica.allow(4)
     assert (await collect(stream))[-1].finish_reason == pb.FINISH_REASON_LENGTH

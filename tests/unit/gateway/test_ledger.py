@@ -7,7 +7,7 @@ import asyncio
 import grpc
 import pytest
 from fake_replica import TIMES, FakeReplica, fingerprint
-from gateway_setup import READY, CreateSetup, Setup, collect, failure, request
+from gateway_setup import READY, CreateSetup, collect, failure, request
 
 from cluster.gateway.ledger import LedgerBook
 from cluster.v1 import inference_pb2 as pb
@@ -83,6 +83,7 @@ async def test_nor_is_one_where_tokens_depend_on_the_batch(create_setup: CreateS
 async def test_errors_have_one_too(create_setup: CreateSetup) -> None:
     setup = await create_setup(FakeReplica(gated=True))
     late = setup.stub.Generate(request(), timeout=30)
+    await setup.replica.until(lambda: setup.replica.running)
     stream = setup.stub.GenerateStream(request(request_id="mine"))
     await setup.replica.until(lambda: len(setup.replica.running) == 2)
     await setup.replica.allow(1)
@@ -109,17 +110,19 @@ async def test_a_refusal_by_a_replica_is_no_stay(create_setup: CreateSetup) -> N
 
 
 async def test_waiting_in_the_gateway(create_setup: CreateSetup) -> None:
-    setup: Setup = await create_setup(FakeReplica())
-    await setup.replica.drain()
-    call = setup.stub.Generate(request(), timeout=0.2)
-    await failure(call)
-    setup.replica._draining = False
-    await setup.replica.stop()
-    late = asyncio.ensure_future(setup.stub.Generate(request()))
+    setup = await create_setup()
+    stream = setup.stub.GenerateStream(request(progress=True), timeout=0.3)
+    await anext(aiter(stream))
+    await failure(collect(stream))
+    replica = FakeReplica()
+    setup.replicas.append(replica)
+    stream = setup.stub.GenerateStream(request(progress=True))
+    await anext(aiter(stream))
     await asyncio.sleep(0.1)
-    assert not late.done()
-    await setup.replica.start()
-    await late
+    setup.addresses["replica-0"] = await replica.start()
+    setup.gateway.set_replicas("test", setup.replica_addresses("replica-0"))
+    await collect(stream)
+    assert (await ledger_of(stream)).gateway_queue_ms >= 100
 
 
 def test_the_book_fills_in_what_a_replica_could_not_say() -> None:

@@ -91,20 +91,20 @@ async def test_it_runs_until_the_last_of_its_readers_has_gone(create_setup: Crea
 
 
 async def test_the_first_reader_may_leave_while_it_waits(create_setup: CreateSetup) -> None:
-    setup = await create_setup(FakeReplica(gated=True))
-    await setup.replica.drain()
-    streams = []
-    for _ in range(2):
-        streams.append(setup.stub.GenerateStream(request(request_id="mine")))
-        await setup.model()
+    setup = await create_setup()
+    message = request(request_id="mine", progress=True)
+    streams = [setup.stub.GenerateStream(message) for _ in range(2)]
+    waiting = [await anext(aiter(stream)) for stream in streams]
+    assert [chunk.progress.stage for chunk in waiting] == [pb.Progress.STAGE_WARMING] * 2
     streams[0].cancel()
     await setup.model()
-    await setup.replica.stop()
-    setup.replica._draining = False
-    await setup.replica.start()
-    await setup.replica.until(lambda: setup.replica.running)
-    await setup.replica.allow(8)
-    assert len(joined(await collect(streams[1])).token_ids) == 8
+    replica = FakeReplica()
+    setup.replicas.append(replica)
+    setup.addresses["replica-0"] = await replica.start()
+    setup.gateway.set_replicas("test", setup.replica_addresses("replica-0"))
+    chunks = [chunk for chunk in await collect(streams[1]) if not chunk.HasField("progress")]
+    assert len(joined(chunks).token_ids) == 8
+    assert {chunk.generation_id for chunk in waiting} == {chunks[0].generation_id}
 
 
 async def test_a_later_deadline_counts(create_setup: CreateSetup) -> None:
@@ -115,6 +115,34 @@ async def test_a_later_deadline_counts(create_setup: CreateSetup) -> None:
     assert (await short).code == grpc.StatusCode.DEADLINE_EXCEEDED
     await setup.replica.allow(8)
     await long
+
+
+async def test_only_the_resumed_may_join_what_was_resumed(create_setup: CreateSetup) -> None:
+    """What came before is not here."""
+    other, setup = await create_setup(FakeReplica()), await create_setup(FakeReplica(gated=True))
+    message = request(request_id="mine")
+    had = (await collect(other.stub.GenerateStream(message)))[:3]
+    for began in (False, True):
+        stream = setup.stub.GenerateStream(resumed(message, resume_of(had)))
+        if began:
+            await setup.replica.until(lambda: setup.replica.running)
+        else:
+            await setup.model()
+        refusal = await failure(setup.stub.Generate(message))
+        assert (refusal.code, refusal.field) == (grpc.StatusCode.ALREADY_EXISTS, "request_id")
+        wrong = resume_of(had)
+        wrong.candidates[0].token_ids[0] += 1
+        refusal = await failure(collect(setup.stub.GenerateStream(resumed(message, wrong))))
+        assert (refusal.code, refusal.field) == (grpc.StatusCode.INVALID_ARGUMENT, "resume.candidates[0].token_ids")
+        again = setup.stub.GenerateStream(resumed(message, resume_of(had)))
+        await setup.replica.until(lambda: setup.replica.running)
+        if began:
+            await setup.replica.allow(8)
+            assert joined(had + await collect(stream)) == joined(had + await collect(again))
+        else:
+            stream.cancel()
+            again.cancel()
+            await setup.gateway.wait_idle(timeout_s=10)
 
 
 async def test_cancelled_for_one_is_cancelled_for_all(create_setup: CreateSetup) -> None:
