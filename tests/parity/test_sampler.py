@@ -32,7 +32,7 @@ def backend(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> 
 
 
 # Prompts that repeat their first token as often as the position asks for; the penalties do not see how often.
-REPEATED = {prompt: np.array([prompt[0]] * 13_000 + list(prompt)) for prompt in [(1, 2, 3), (1,)]}
+REPEATED = {prompt: np.array([prompt[0]] * 9_000 + list(prompt)) for prompt in [(1, 2, 3), (1,)]}
 
 
 def create_row(
@@ -96,9 +96,9 @@ def reference_distribution(logits_V: np.ndarray, row: SequenceState) -> np.ndarr
     return probs / probs.sum()
 
 
-def draw(logits_V: torch.Tensor, count: int, **row: object) -> list[int]:
-    """Tokens of ``count`` positions that all have the same logits."""
-    rows = [create_row(position=position, **row) for position in range(count)]
+def draw(logits_V: torch.Tensor, count: int, *, seed: int = 11, num_positions: int = 100, **row: object) -> list[int]:
+    """Tokens of ``count`` rows that all have the same logits: so many positions of one seed, then of the next."""
+    rows = [create_row(seed=seed + i // num_positions, position=i % num_positions, **row) for i in range(count)]
     return [token.token_id for token in sample(logits_V.expand(count, -1).contiguous(), rows)]
 
 
@@ -166,8 +166,9 @@ def test_seeds_and_candidates_draw_independently() -> None:
     """Pairs of draws at one position follow the product distribution."""
     logits_V = torch.tensor([0.0, 0.5, -0.5])
     probs = reference_distribution(logits_V.numpy(), create_row())
-    base = draw(logits_V, 9_000)
-    for other in (draw(logits_V, 9_000, seed=12), draw(logits_V, 9_000, candidate_index=1)):
+    one = {"count": 9_000, "num_positions": 9_000}
+    base = draw(logits_V, **one)
+    for other in (draw(logits_V, **one, seed=12), draw(logits_V, **one, candidate_index=1)):
         pairs = [3 * first + second for first, second in zip(base, other, strict=True)]
         assert chi_square_z(pairs, np.outer(probs, probs).flatten()) < 4.0
     assert chi_square_z([4 * token for token in base], np.outer(probs, probs).flatten()) > 4.0
