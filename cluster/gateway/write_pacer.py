@@ -9,9 +9,11 @@ import random
 import time
 from collections.abc import Callable
 
-# A message takes 40 us of a core, a token in it a tenth of that: so at most half a core goes into messages. More of
-# them would leave too little for tokens, and nobody sees what is gained.
-_MESSAGES_PER_S = 12_500.0
+_MESSAGE_S = 40e-6  # until it has been measured
+_MAX_SAMPLE_S = 1e-3  # a pause of the whole process is no message
+_SAMPLES = 256  # as many messages count as the latest ones
+_SHARE = 0.6
+_MAX_SHARE = 0.8
 _MAX_HOLD_S = 0.04
 _TIMER_S = 0.001  # what loops round their timers to
 
@@ -19,26 +21,35 @@ _TIMER_S = 0.001  # what loops round their timers to
 class WritePacer:
     """Gives each stream turns to write; what comes between two of them goes into one message.
 
-    Streams share a rate of messages: each may write again after its share, or at the latest after ``max_hold_s``. Those
-    that write less often by themselves are never held, nor is a first message. Turns are spread over time, so that
-    nothing waits behind a round of writes. Event loop only.
+    A message costs ten times what a token in it costs. So messages get ``share`` of the event loop's time, by what they
+    have taken lately, and streams share that out: with many of them each waits for its next turn, though not for longer
+    than ``max_hold_s``. Where messages would take more than ``max_share`` then, streams wait longer all the same, or
+    tokens would come in faster than they go out and all be late. Streams that write less often by themselves are never
+    held, nor is a first message. Turns are spread over time, so that nothing waits behind a round of writes.
+
+    Event loop only.
 
     Args:
-        messages_per_s: of all streams together, where that holds none for longer than ``max_hold_s``.
-        max_hold_s: longest time between two turns of a stream.
+        share: of the loop's time for messages, where that holds no stream for longer than ``max_hold_s``.
+        max_hold_s: longest time between two turns of a stream, where messages take at most ``max_share`` then.
         rng: spreads the turns of streams that begin together.
     """
 
     def __init__(
         self,
         *,
-        messages_per_s: float = _MESSAGES_PER_S,
+        share: float = _SHARE,
+        max_share: float = _MAX_SHARE,
         max_hold_s: float = _MAX_HOLD_S,
         rng: random.Random | None = None,
     ) -> None:
-        self._message_s = 1 / messages_per_s
+        self._share = share
+        self._max_share = max_share
         self._max_hold_s = max_hold_s
         self._rng = rng or random.Random()
+        self._message_s = _MESSAGE_S
+        self._round_began_s = 0.0
+        self._num_in_round = 0
         self._num_streams = 0
         self._order = itertools.count()
         self._held: list[tuple[float, int, Turns]] = []
@@ -49,7 +60,20 @@ class WritePacer:
         return Turns(self, wake)
 
     def _interval_s(self) -> float:
-        return min(self._num_streams * self._message_s, self._max_hold_s)
+        all_s = self._num_streams * self._message_s
+        return max(min(all_s / self._share, self._max_hold_s), all_s / self._max_share)
+
+    def _count(self, now: float) -> None:
+        """A stream begins to write. Those that are about to as well come before what is called soon."""
+        if self._num_in_round == 0:
+            self._round_began_s = now
+            asyncio.get_running_loop().call_soon(self._end_round)
+        self._num_in_round += 1
+
+    def _end_round(self) -> None:
+        count, self._num_in_round = self._num_in_round, 0
+        sample_s = min((time.monotonic() - self._round_began_s) / count, _MAX_SAMPLE_S)
+        self._message_s += (sample_s - self._message_s) * min(count / _SAMPLES, 1.0)
 
     def _hold(self, turns: Turns) -> None:
         first = self._held[0][0] if self._held else None
@@ -102,6 +126,7 @@ class Turns:
     def take(self) -> None:
         """The stream writes."""
         pacer, now = self._pacer, time.monotonic()
+        pacer._count(now)
         if self._begun:
             interval_s = pacer._interval_s()
             self.next_s = max(self.next_s, now - interval_s) + interval_s
