@@ -20,7 +20,8 @@ from cluster.v1 import inference_pb2, replica_pb2
 
 # Refusals by one replica that another may not share. Nothing was executed.
 _WORTH_ANOTHER_REPLICA = frozenset({"DRAINING", "OVERLOADED"})
-_MAX_LOSSES = 3
+_MAX_SUSPICION = 3.0  # of having killed replicas
+_MAX_LOSSES = 8  # without a token in between, whoever else was there
 _REFUSED_AGAIN_S = 0.05
 
 
@@ -37,9 +38,11 @@ class Generation:
 
     It is the sink of its submission. When its replica is lost it goes on at another, from what it has: a stream is not
     ended by the death of a replica, and each token is there once. Work that has tokens stays with its model's digest,
-    and with equal fingerprints where there are any. Where there is no replica it waits for one until its deadline. A
-    request that kills replicas must not go round them all: after so many losses without a token in between it ends with
-    ReplicaLost. A fault of the request alone is tried on another replica where nothing was generated, once.
+    and with equal fingerprints where there are any. Where there is no replica it waits for one until its deadline.
+
+    A request that kills replicas must not go round them all. Whoever is lost with a replica that had given it nothing
+    yet is suspected, each of k with 1/k: at three it ends with ReplicaLost. A token clears it; a drain is nobody's
+    fault. A fault of the request alone is tried on another replica where nothing was generated, once.
 
     Attributes:
         error: why it ended before its time.
@@ -68,6 +71,7 @@ class Generation:
         self._fingerprint: replica_pb2.Fingerprint | None = None  # of whoever made the last tokens
         self._tried: list[ReplicaLink] = []
         self._num_losses = 0
+        self._suspicion = 0.0
         self._faulted = False
         self._stay_started = False
         self._num_finished = 0
@@ -211,6 +215,7 @@ class Generation:
         self._stay_started = True
         self.fingerprint = self._fingerprint.SerializeToString()
         self._num_losses = 0
+        self._suspicion = 0.0
         self._progress = None
         self._book.start(now)
 
@@ -248,10 +253,12 @@ class Generation:
             else:
                 self._later = asyncio.get_running_loop().call_later(_REFUSED_AGAIN_S, self._place_when_ready)
 
-    def on_replica_lost(self, why: str) -> None:
+    def on_replica_lost(self, why: str, num_suspects: int) -> None:
         self._book.leave(time.monotonic())
-        self._num_losses += 1
-        if self._num_losses >= _MAX_LOSSES:
+        if num_suspects and not self._stay_started:
+            self._num_losses += 1
+            self._suspicion += 1 / num_suspects
+        if self._suspicion >= _MAX_SUSPICION or self._num_losses >= _MAX_LOSSES:
             self.fail(
                 ReplicaLost(
                     f"{self._num_losses} replicas were lost one after the other while they had this request, which got "

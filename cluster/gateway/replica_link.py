@@ -11,7 +11,7 @@ import itertools
 import logging
 import random
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 
 import grpc
@@ -196,7 +196,7 @@ class ReplicaLink:
         for submission in lost:
             self.cancel(submission, None)
         for submission in lost:
-            submission.sink.on_replica_lost(why)
+            submission.sink.on_replica_lost(why, 0)
 
     def retire(self) -> None:
         """Takes no new work from now on, and closes when what runs has finished."""
@@ -335,10 +335,8 @@ class ReplicaLink:
         self._hear(frame.load)
         if was_draining != frame.load.draining:
             self._on_change()
-        for failure in frame.failures:
-            submission = submissions.get(failure.id)
-            if submission is not None:
-                self._fail(submission, failure)
+        if frame.failures:
+            self._hear_of_failures(frame.failures, was_draining)
         for reply in frame.cancel_replies:
             answer = self._questions.pop(reply.id, None)
             if answer is not None and not answer.done():
@@ -353,15 +351,21 @@ class ReplicaLink:
         self._view.step_s = load.step_s
         self._view.prompt_token_s = load.prompt_token_s
 
-    def _fail(self, submission: Submission, failure: replica_pb2.Failure) -> None:
-        if failure.reason == EngineFault.reason:
-            self._view.begin(submission.id)
-            self._on_outcome(self, False)
-        self._forget(submission)
-        if failure.reason == ReplicaLost.reason:
-            submission.sink.on_replica_lost(failure.message)
-        else:
-            submission.sink.on_failure(error_from_reason(failure.reason, failure.message, field=failure.field))
+    def _hear_of_failures(self, failures: Iterable[replica_pb2.Failure], was_draining: bool) -> None:
+        failed = [(self._submissions[failure.id], failure) for failure in failures if failure.id in self._submissions]
+        lost = [submission for submission, failure in failed if failure.reason == ReplicaLost.reason]
+        num_suspects = 0 if was_draining else _num_suspects(lost)
+        for submission, failure in failed:
+            if self._submissions.get(submission.id) is not submission:
+                continue  # what another failure led to has ended it
+            if failure.reason == EngineFault.reason:
+                self._view.begin(submission.id)
+                self._on_outcome(self, False)
+            self._forget(submission)
+            if failure.reason == ReplicaLost.reason:
+                submission.sink.on_replica_lost(failure.message, num_suspects)
+            else:
+                submission.sink.on_failure(error_from_reason(failure.reason, failure.message, field=failure.field))
 
     def _lose_submissions(self) -> None:
         lost, self._submissions = self._submissions, {}
@@ -375,8 +379,13 @@ class ReplicaLink:
         for answer in questions.values():
             if not answer.done():
                 answer.set_result(False)
+        num_suspects = _num_suspects(lost.values())
         for submission in lost.values():
-            submission.sink.on_replica_lost("the stream to the replica broke")
+            submission.sink.on_replica_lost("the stream to the replica broke", num_suspects)
+
+
+def _num_suspects(lost: Iterable[Submission]) -> int:
+    return sum(not submission.started for submission in lost)
 
 
 def short_fingerprint(fingerprint: replica_pb2.Fingerprint) -> str:

@@ -20,8 +20,13 @@ class SubmissionSink(Protocol):
     def on_failure(self, error: ClusterError) -> None:
         """The replica gave up on the submission; nothing follows."""
 
-    def on_replica_lost(self, why: str) -> None:
-        """The stream broke, the replica's engine has died, or it was drained for too long; nothing follows."""
+    def on_replica_lost(self, why: str, num_suspects: int) -> None:
+        """The stream broke, the replica's engine has died, or it was drained for too long; nothing follows.
+
+        Args:
+            num_suspects: submissions that were lost at once and had not got anything: one of them may have killed the
+                replica. 0: that was nobody's fault.
+        """
 
 
 class Submission:

@@ -55,7 +55,7 @@ class RecordingSubmissionSink:
     def on_failure(self, error: ClusterError) -> None:
         self.error = error
 
-    def on_replica_lost(self, why: str) -> None:
+    def on_replica_lost(self, why: str, num_suspects: int) -> None:
         self.lost = why
 
 

@@ -179,20 +179,61 @@ async def test_what_waits_for_a_replica_ends_with_its_deadline(create_setup: Cre
 
 
 async def test_a_request_that_kills_replicas_does_not_go_round_them_all(create_setup: CreateSetup) -> None:
-    replicas = [gated(number) for number in range(4)]
+    replicas = [gated(number) for number in range(5)]
     setup = await start(create_setup, *replicas)
     stream = setup.stub.GenerateStream(request())
     call = asyncio.ensure_future(failure(collect(stream)))
     first = await busy(setup)
     await first.allow(2)
-    for _ in range(3):
+    for _ in range(4):  # the first gave it tokens
         dying = await busy(setup, [replica for replica in replicas if replica._server])
         await dying.until(lambda dying=dying: not dying._allowed)
         await dying.stop()
         await dying.until(lambda dying=dying: not dying.running)
     end = await asyncio.wait_for(call, 10)
     assert (end.code, end.reason) == (grpc.StatusCode.ABORTED, "REPLICA_LOST")
-    assert sorted(len(replica.submits) for replica in replicas) == [0, 1, 1, 1]
+    assert sorted(len(replica.submits) for replica in replicas) == [0, 1, 1, 1, 1]
+
+
+async def test_nor_do_many_that_are_lost_together_end_for_one_of_them(create_setup: CreateSetup) -> None:
+    """Whoever waits beside others in one replica after the other that dies is not to blame."""
+    replicas = [gated(number) for number in range(2)]
+    setup = await start(create_setup, *replicas)
+    calls = [asyncio.ensure_future(setup.stub.Generate(request(seed=seed))) for seed in range(8)]
+    for number in range(6):
+        dying, other = replicas[number % 2], replicas[1 - number % 2]
+        async with asyncio.timeout(10):
+            while len(dying.running) + len(other.running) < 8:
+                await setup.model()
+        await dying.stop()
+        await other.until(lambda other=other: len(other.running) == 8)
+        await dying.start()
+        await setup.wait_states("test", READY, READY)
+    for replica in replicas:
+        await replica.allow(8)
+    for seed, whole in enumerate(await asyncio.gather(*calls)):
+        expected = letters(replica_pb2.Submit(sampling=pb.SamplingParams(seed=seed, max_tokens=8)), 0)
+        assert list(whole.candidates[0].token_ids) == expected
+
+
+async def test_a_drain_is_nobodys_fault(create_setup: CreateSetup) -> None:
+    replicas = [gated(number) for number in range(2)]
+    setup = await start(create_setup, *replicas)
+    call = asyncio.ensure_future(setup.stub.Generate(request()))
+    for _ in range(5):
+        draining = await busy(setup)
+        await draining.drain()
+        async with asyncio.timeout(10):
+            while pb.REPLICA_STATE_DRAINING not in [replica.state for replica in (await setup.model()).replicas]:
+                pass
+        await draining.hand_back("it went away after 0 s of draining")
+        await draining.stop()
+        draining._draining = False
+        await draining.start()
+        await setup.wait_states("test", READY, READY)
+    last = await busy(setup)
+    await last.allow(8)
+    await call
 
 
 async def test_losses_with_tokens_in_between_are_no_crime(create_setup: CreateSetup) -> None:

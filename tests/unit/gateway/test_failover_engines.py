@@ -34,6 +34,7 @@ class EngineReplica:
 
     def __init__(self, number: int, pace: Callable[[], None]) -> None:
         self.replica_id = f"replica-{number}"
+        self._stopped = False
         executor = PacedExecutor(vocab_size=127, max_model_len=512, num_blocks=64)
         executor.pace = pace
         config = EngineConfig(scheduler=SchedulerConfig(max_num_seqs=16, max_num_batched_tokens=32))
@@ -50,7 +51,7 @@ class EngineReplica:
 
     @property
     def running(self) -> int:
-        return self._server.load.running + self._server.load.waiting
+        return 0 if self._stopped else self._server.load.running + self._server.load.waiting
 
     async def until(self, condition: Callable[[], bool]) -> None:
         async with asyncio.timeout(10):
@@ -58,6 +59,7 @@ class EngineReplica:
                 await asyncio.sleep(0.001)
 
     async def stop(self) -> None:
+        self._stopped = True
         await self._server.stop()
 
 
@@ -68,7 +70,7 @@ async def test_drains_and_deaths_change_nothing(create_setup: CreateSetup, seed:
         request(
             "tell me " * rng.randint(1, 8),
             seed=rng.getrandbits(32),
-            max_tokens=rng.randint(5, 60),
+            max_tokens=rng.randint(40, 80),
             n=rng.randint(1, 3),
             logprobs=rng.choice([None, 2]),
             stop=rng.choice([(), ("a", "q"), ("xy",)]),
@@ -78,14 +80,19 @@ async def test_drains_and_deaths_change_nothing(create_setup: CreateSetup, seed:
     ]
     calm = await create_setup(EngineReplica(0, lambda: None))
     expected = await asyncio.gather(*map(calm.stub.Generate, messages))
-    replicas = [EngineReplica(number, lambda: time.sleep(0.002)) for number in range(4)]
+    replicas = [EngineReplica(number, lambda: time.sleep(0.005)) for number in range(4)]
     setup = await create_setup(*replicas)
     await setup.wait_states("test", *[READY] * 4)
     calls = [setup.stub.GenerateStream(message) for message in messages]
     streams = [asyncio.create_task(collect(call)) for call in calls]
-    for replica in replicas[:3]:
-        await asyncio.sleep(rng.random() * 0.03)
-        await (replica.hand_back() if rng.random() < 0.5 else replica.stop())
+    alive = list(replicas)
+    for _ in range(3):
+        await asyncio.sleep(rng.random() * 0.02)
+        async with asyncio.timeout(10):
+            while not (busy := [replica for replica in alive if replica.running]):  # noqa: ASYNC110 - no event for it
+                await asyncio.sleep(0.001)
+        alive.remove(victim := rng.choice(busy))
+        await (victim.hand_back() if rng.random() < 0.5 else victim.stop())
     for chunks, message, whole in zip(await asyncio.gather(*streams), messages, expected, strict=True):
         got = [joined(chunks, candidate) for candidate in range(message.sampling.n)]
         assert got == list(whole.candidates)
