@@ -4,13 +4,12 @@ from __future__ import annotations
 
 import os
 import sys
-from dataclasses import dataclass
-from importlib import import_module, metadata
-from typing import Annotated, Any
+from importlib import metadata
+from typing import Annotated, Any, ClassVar
 
 import typer
-from typer.core import TyperCommand, TyperGroup
 
+from cluster.cli.lazy_commands import Entry, LazyGroup
 from cluster.errors import ClusterError, ServerUnreachable
 
 EXIT_FAILED = 1
@@ -18,27 +17,15 @@ EXIT_UNREACHABLE = 3
 EXIT_INTERRUPTED = 130
 
 
-@dataclass(frozen=True, kw_only=True)
-class _Entry:
-    """A command of the table: ``function`` names it inside ``module``, which is imported when the command runs.
-
-    A ``typer.Typer`` in the function's place is a command with commands of its own.
-    """
-
-    module: str
-    function: str
-    help: str
-
-
 _COMMANDS = {
-    "serve": _Entry(module="cluster.cli.serve", function="serve", help="Serve models over gRPC on this machine."),
-    "generate": _Entry(module="cluster.cli.generate", function="generate", help="Continue a text."),
-    "chat": _Entry(module="cluster.cli.chat", function="chat", help="Talk with a model that has a chat template."),
-    "models": _Entry(module="cluster.cli.models", function="models", help="List the models that a server has."),
-    "status": _Entry(module="cluster.cli.status", function="status", help="Show a server's health and its replicas."),
-    "api-key": _Entry(module="cluster.cli.api_key", function="api_key", help="Draw an API key for a gateway."),
-    "plan": _Entry(module="cluster.cli.plan", function="plan", help="Say which devices hold a model."),
-    "bench": _Entry(module="cluster.cli.bench", function="app", help="Measure an engine here, or a server."),
+    "serve": Entry(module="cluster.cli.serve", function="serve", help="Serve models over gRPC on this machine."),
+    "generate": Entry(module="cluster.cli.generate", function="generate", help="Continue a text."),
+    "chat": Entry(module="cluster.cli.chat", function="chat", help="Talk with a model that has a chat template."),
+    "models": Entry(module="cluster.cli.models", function="models", help="List the models that a server has."),
+    "status": Entry(module="cluster.cli.status", function="status", help="Show a server's health and its replicas."),
+    "api-key": Entry(module="cluster.cli.api_key", function="api_key", help="Draw an API key for a gateway."),
+    "plan": Entry(module="cluster.cli.plan", function="plan", help="Say which devices hold a model."),
+    "bench": Entry(module="cluster.cli.bench", function="app", help="Measure an engine here, or a server."),
 }
 
 _EPILOGUE = """\
@@ -57,30 +44,10 @@ _EPILOGUE = """\
   130  interrupted by Ctrl-C"""
 
 
-class _LazyCommand(TyperCommand):
-    """Listed by name and help alone, so that ``cluster --help`` imports no command; becomes the real one to run."""
-
-    def __init__(self, name: str, entry: _Entry) -> None:
-        super().__init__(name, help=entry.help)
-        self._entry = entry
-
-    def make_context(self, info_name: str | None, args: list[str], parent: Any = None, **extra: Any) -> Any:
-        target = getattr(import_module(self._entry.module), self._entry.function)
-        if isinstance(target, typer.Typer):
-            app = target
-        else:
-            app = typer.Typer(add_completion=False)
-            app.command(self.name)(target)
-        return typer.main.get_command(app).make_context(info_name, args, parent=parent, **extra)
-
-
-class _ClusterGroup(TyperGroup):
+class _ClusterGroup(LazyGroup):
     """The subcommands. Their errors become one line on standard error and an exit code."""
 
-    def __init__(self, **attributes: Any) -> None:
-        super().__init__(**attributes)
-        for name, entry in _COMMANDS.items():
-            self.add_command(_LazyCommand(name, entry))
+    TABLE: ClassVar = _COMMANDS
 
     def invoke(self, ctx: Any) -> Any:
         try:

@@ -1,6 +1,8 @@
 """``cluster bench serve`` and ``cluster bench compare`` as a person runs them."""
 
 import json
+import subprocess
+import sys
 
 import pytest
 from scripted_server import DEMO, chunks_of
@@ -41,6 +43,11 @@ def test_a_run_saved_drawn_and_compared(bench, tmp_path):
 
     compared = CliRunner().invoke(app, ["bench", "compare", str(saved), str(saved), "--json"])
     assert {change["ratio"] for change in json.loads(compared.stdout)["changes"]} <= {1.0, None}
+
+
+def test_a_machine_that_only_makes_load_needs_no_torch():
+    check = "import cluster.cli.bench, cluster.cli.bench_serve, sys; print('torch' in sys.modules)"
+    assert subprocess.check_output([sys.executable, "-c", check], text=True) == "False\n"
 
 
 @pytest.mark.parametrize(
