@@ -1,16 +1,19 @@
 """Groups of shards give the tokens of one shard: tensor parallel, pipeline parallel and both, whatever may happen.
 
 A workload holds all at once: batches, prompts in chunks, prefixes found, preemption, candidates that share a prompt, a
-cancelled request, one that fails, and every kind of sampling.
+cancelled request, one that fails, and every kind of sampling. Every layout runs one family, and every family the layout
+that cuts it both ways; under CLUSTER_TEST_FULL=1 every family runs every layout.
 """
 
 from __future__ import annotations
 
 import gc
 import json
-from collections.abc import Iterator
+import os
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -51,17 +54,24 @@ FAMILIES: dict[str, dict[str, Any]] = {
     "Qwen3ForCausalLM": {"head_dim": 16, "vocab_size": 260},
 }
 LAYOUTS = [(2, 1), (1, 2), (2, 2)]  # tp, pp
+FULL = os.environ.get("CLUSTER_TEST_FULL") == "1"
+GROUPS = [
+    (family, *sizes)
+    for family in FAMILIES
+    for sizes in LAYOUTS
+    if FULL or family == "LlamaForCausalLM" or sizes == (2, 2)
+]
 STAGES = {1: (None,), 2: ((0, 1), (1, NUM_LAYERS))}
 
 
-@pytest.fixture(scope="module", params=FAMILIES)
-def checkpoint(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return create_family(tmp_path_factory.mktemp("model"), request.param)
+@pytest.fixture(scope="module")
+def families(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
+    return cache(lambda architecture: create_family(tmp_path_factory.mktemp("model"), architecture))
 
 
 @pytest.fixture(scope="module")
-def llama(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return create_family(tmp_path_factory.mktemp("llama"), "LlamaForCausalLM")
+def llama(families: Callable[[str], Path]) -> Path:
+    return families("LlamaForCausalLM")
 
 
 def create_family(directory: Path, architecture: str) -> Path:
@@ -169,6 +179,7 @@ def run_workload(executor: Executor) -> Outcome:
     return outcome
 
 
+@cache
 def expected_outcome(checkpoint: Path, **options: Any) -> Outcome:
     executor = LocalExecutor(checkpoint, worker(**options), MAX_NUM_SEQS, MAX_NUM_BATCHED_TOKENS)
     outcome = run_workload(executor)
@@ -213,9 +224,12 @@ def thread_shards(checkpoint: Path, tp_size: int, pp_size: int, **options: Any) 
         executor.shutdown()
 
 
-@pytest.mark.parametrize(("tp_size", "pp_size"), LAYOUTS)
-def test_tokens_of_a_group_are_those_of_one_shard(checkpoint: Path, tp_size: int, pp_size: int):
+@pytest.mark.parametrize(("family", "tp_size", "pp_size"), GROUPS)
+def test_tokens_of_a_group_are_those_of_one_shard(
+    families: Callable[[str], Path], family: str, tp_size: int, pp_size: int
+):
     """Real processes, the C kernels and recorded decode steps."""
+    checkpoint = families(family)
     expected = expected_outcome(checkpoint)
     executor = SpiedExecutor(
         create_executor(

@@ -17,7 +17,7 @@ from cluster.kernels.cpu.linear import PackedWeight
 from cluster.worker.config import WorkerConfig
 
 compiled = pytest.mark.skipif(library() is None, reason="the CPU kernels are not compiled")
-NUM_BYTES = None if os.environ.get("CLUSTER_TEST_FULL") == "1" else 150_000
+NUM_BYTES = None if os.environ.get("CLUSTER_TEST_FULL") == "1" else 60_000
 DEMO = resolve_checkpoint("demo")
 MOST = {"bfloat16": 0.0005, "int8": 0.005, "int4": 0.03}  # of the bits per byte of float32
 
