@@ -46,7 +46,7 @@ def logprobs(*token_ids: int) -> list[pb.PositionLogprobs]:
     return [pb.PositionLogprobs(chosen=pb.TokenLogprob(token_id=token_id)) for token_id in token_ids]
 
 
-def test_unread_deltas_are_one_chunk(checkpoint: Path) -> None:
+async def test_unread_deltas_are_one_chunk(checkpoint: Path) -> None:
     candidate = create_candidate(checkpoint)
     assert not candidate.reader.take()
     for text in (b"ab", "é".encode(), b"c"):
@@ -63,7 +63,7 @@ def test_unread_deltas_are_one_chunk(checkpoint: Path) -> None:
     assert (chunk.text_delta, chunk.text_offset, chunk.token_offset) == ("d", 4, 5)
 
 
-def test_text_is_held_while_tokens_go_on(checkpoint: Path) -> None:
+async def test_text_is_held_while_tokens_go_on(checkpoint: Path) -> None:
     candidate = create_candidate(checkpoint, "STOP")
     candidate.push(TokenDelta(token_ids=b"aST"))
     chunk = candidate.take()
@@ -77,7 +77,7 @@ def test_text_is_held_while_tokens_go_on(checkpoint: Path) -> None:
     assert chunk.finish_reason == pb.FINISH_REASON_LENGTH
 
 
-def test_the_last_chunk_has_reason_and_usage(checkpoint: Path) -> None:
+async def test_the_last_chunk_has_reason_and_usage(checkpoint: Path) -> None:
     candidate = create_candidate(checkpoint)
     candidate.push(TokenDelta(token_ids=b"a", cached_tokens=4))
     chunk = candidate.take()
@@ -89,14 +89,14 @@ def test_the_last_chunk_has_reason_and_usage(checkpoint: Path) -> None:
     assert chunk.usage == pb.Usage(prompt_tokens=5, cached_tokens=4, completion_tokens=3)
 
 
-def test_an_ordinary_stop_token_is_no_text_and_completes_no_stop_string(checkpoint: Path) -> None:
+async def test_an_ordinary_stop_token_is_no_text_and_completes_no_stop_string(checkpoint: Path) -> None:
     candidate = create_candidate(checkpoint, "ab")
     candidate.push(TokenDelta(token_ids=b"ab", finish_reason=pb.FINISH_REASON_STOP))
     chunk = candidate.take()
     assert (chunk.text_delta, bytes(chunk.token_ids)) == ("a", b"ab")
 
 
-def test_no_stop_string_before_min_tokens(checkpoint: Path) -> None:
+async def test_no_stop_string_before_min_tokens(checkpoint: Path) -> None:
     candidate = create_candidate(checkpoint, "x", min_tokens=3)
     candidate.push(TokenDelta(token_ids=b"xxxx"))
     assert candidate.candidate.finish_reason == pb.FINISH_REASON_STOP
@@ -104,13 +104,13 @@ def test_no_stop_string_before_min_tokens(checkpoint: Path) -> None:
     assert (chunk.text_delta, bytes(chunk.token_ids)) == ("xx", b"xxx")
 
 
-def test_line_ends_stay_what_they_are(checkpoint: Path) -> None:
+async def test_line_ends_stay_what_they_are(checkpoint: Path) -> None:
     candidate = create_candidate(checkpoint)
     candidate.push(TokenDelta(token_ids=b"a\r\nb\rc\n"))
     assert candidate.take().text_delta == "a\r\nb\rc\n"
 
 
-def test_readers_come_and_go_at_their_own_pace(checkpoint: Path) -> None:
+async def test_readers_come_and_go_at_their_own_pace(checkpoint: Path) -> None:
     first = create_candidate(checkpoint)
     first.push(TokenDelta(token_ids=b"ab"))
     assert first.take().text_delta == "ab"
@@ -125,7 +125,7 @@ def test_readers_come_and_go_at_their_own_pace(checkpoint: Path) -> None:
 
 
 @pytest.mark.parametrize("cut", range(1, 9))
-def test_resumed_at_any_place_it_says_the_rest(checkpoint: Path, cut: int) -> None:
+async def test_resumed_at_any_place_it_says_the_rest(checkpoint: Path, cut: int) -> None:
     """A stop string and a character across the cut."""
     tokens = "aé ST🙂STOPb".encode()
     whole, resumed = create_candidate(checkpoint, "STOP"), create_candidate(checkpoint, "STOP")
@@ -145,7 +145,7 @@ def test_resumed_at_any_place_it_says_the_rest(checkpoint: Path, cut: int) -> No
     assert again.usage == after.usage
 
 
-def test_resumed_at_its_last_token_it_only_has_to_end(checkpoint: Path) -> None:
+async def test_resumed_at_its_last_token_it_only_has_to_end(checkpoint: Path) -> None:
     candidate = create_candidate(checkpoint)
     candidate.candidate.resume(list("aé".encode()[:-1]), 0, max_tokens=2)
     candidate.reader.begin()
@@ -155,7 +155,7 @@ def test_resumed_at_its_last_token_it_only_has_to_end(checkpoint: Path) -> None:
     assert chunk.finish_reason == pb.FINISH_REASON_LENGTH
 
 
-def test_of_a_candidate_that_had_its_end_nothing_comes_again(checkpoint: Path) -> None:
+async def test_of_a_candidate_that_had_its_end_nothing_comes_again(checkpoint: Path) -> None:
     candidate = create_candidate(checkpoint)
     candidate.candidate.resume([ord("a"), EOS], pb.FINISH_REASON_STOP, max_tokens=100)
     candidate.reader.begin()
