@@ -476,5 +476,5 @@ class SchedulerHarness:
         """The sibling that computes the prompt of both."""
         if entry.siblings.computed:
             return None
-        first = min(i for i in entry.siblings.request_ids if i in self.live)
+        first = next(i for i in entry.siblings.request_ids if i in self.live)
         return None if first == entry.request.request_id else first

@@ -13,12 +13,12 @@ from scheduler_harness import SchedulerHarness
 
 from cluster.core.request import Priority
 
-LENGTH = 10 if os.environ.get("CLUSTER_TEST_FULL") == "1" else 1
+LENGTH = 20 if os.environ.get("CLUSTER_TEST_FULL") == "1" else 1
 NUM_WALKS = 16
 _STEPS_PER_HARNESS = 250
 
 MACHINE = settings(
-    max_examples=400 * LENGTH,
+    max_examples=200 * LENGTH,
     stateful_step_count=50,
     derandomize=True,
     database=None,

@@ -1,7 +1,7 @@
 """The scheduler under random work: tiny pools, few prompts, siblings, cancels, deadlines, several steps in flight.
 
 ``SchedulerHarness`` holds the invariants; that every request attends to exactly its own tokens is the first of them.
-CLUSTER_TEST_FULL=1 makes the walks ten times as long. A failure says the seed that repeats it. What breaks the
+CLUSTER_TEST_FULL=1 makes the walks twenty times as long. A failure says the seed that repeats it. What breaks the
 scheduler on purpose, to see whether these runs notice, is in ``test_scheduler_faults``.
 """
 
@@ -15,7 +15,7 @@ from scheduler_walk import LENGTH, MACHINE, NUM_WALKS, SchedulerMachine, act, cr
 
 from cluster.core.request import FinishReason
 
-STEPS_PER_WALK = 6_250
+STEPS_PER_WALK = 3_125
 
 
 @pytest.mark.parametrize("seed", range(NUM_WALKS))
