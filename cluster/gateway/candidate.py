@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from io import StringIO
 
 from cluster.core.request import FinishReason
+from cluster.errors import InvalidRequest
 from cluster.text.text_stream import TextStream
 from cluster.v1 import inference_pb2, replica_pb2
 from cluster.wire import finish_reason_to_proto
@@ -110,10 +111,16 @@ class Candidate:
         Args:
             finish_reason: where it is complete, why; else 0.
             max_tokens: that it may have in all.
+
+        Raises:
+            InvalidRequest: it goes on after a stop string, where no stream does.
         """
         self._continued = True
         self.token_ids.extend(token_ids)
-        self._make_text(len(token_ids))
+        if self._make_text(len(token_ids)) is not None and not finish_reason:
+            raise InvalidRequest(
+                f"candidate {self.index} has a stop string and no finish_reason", field="resume.candidates"
+            )
         self.resumed_tokens = len(token_ids)
         self.resumed_chars = self._num_chars
         self.finish_reason = finish_reason

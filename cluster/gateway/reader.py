@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from cluster.gateway.generation import Generation
 
 _PROGRESS_INTERVAL_S = 0.5
+_UNREAD_IN_A_HURRY = 0.25  # of what may be unread
 
 
 class _Place:
@@ -68,6 +69,7 @@ class Reader:
         self._progress = progress
         self._max_unread_tokens = max_unread_tokens
         self._turns = pacer.join(self.wake)
+        self._hurries = False
         self._sequence = first_sequence
         self._find_places = find_places
         self._sent_seed = False
@@ -107,12 +109,19 @@ class Reader:
                 self.wake()
             return True
         place = self._places[candidate.index]
-        if len(candidate.token_ids) - max(place.num_tokens, place.unread_from) > self._max_unread_tokens:
+        num_unread = len(candidate.token_ids) - max(place.num_tokens, place.unread_from)
+        if num_unread > self._max_unread_tokens:
             return False
+        if num_unread > self._max_unread_tokens * _UNREAD_IN_A_HURRY:
+            self._hurries = True
         # One that writes comes back by itself.
-        if self._waiter is not None and (self._generation.complete or self._turns.has_come()):
+        if self._waiter is not None and self._may_write():
             self.wake()
         return True
+
+    def _may_write(self) -> bool:
+        """Whether it is its turn; who waits for that is no slow reader."""
+        return self._hurries or self._generation.complete or self._turns.has_come()
 
     def close(self) -> None:
         """Its call has ended."""
@@ -167,7 +176,7 @@ class Reader:
             error = self.error or generation.error
             if error is not None:
                 raise error
-            if self._readable() and (generation.complete or self._turns.has_come()):
+            if self._readable() and self._may_write():
                 return
             self._waiter = asyncio.get_running_loop().create_future()
             if self._progress and generation.progress() is not None:
@@ -191,6 +200,7 @@ class Reader:
     def take(self) -> list[inference_pb2.GenerateChunk]:
         """The unread chunks, at most one per candidate, numbered in the order of the stream."""
         self._turns.take()
+        self._hurries = False
         chunks = []
         for place in self._places:
             candidate = place.candidate

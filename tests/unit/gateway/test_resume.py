@@ -186,12 +186,13 @@ async def test_one_that_finds_the_queue_full_waits(create_setup: CreateSetup) ->
         (pb.Resume(seed=7, candidates=[pb.ResumedCandidate(token_ids=[999])]), "resume.candidates[0].token_ids"),
         (pb.Resume(seed=7, candidates=[pb.ResumedCandidate(token_ids=[1] * 9)]), "resume.candidates[0].token_ids"),
         (pb.Resume(seed=7, candidates=[pb.ResumedCandidate(finish_reason=9)]), "resume.candidates[0].finish_reason"),
+        (pb.Resume(seed=7, candidates=[pb.ResumedCandidate(token_ids=b"abc")]), "resume.candidates"),
         (pb.Resume(seed=7, fingerprint=b"\xff"), "resume.fingerprint"),
     ],
 )
 async def test_what_fits_no_stream_is_refused(create_setup: CreateSetup, resume: pb.Resume, field: str) -> None:
     setup = await create_setup(FakeReplica())
-    refusal = await failure(collect(setup.stub.GenerateStream(resumed(request(n=2), resume))))
+    refusal = await failure(collect(setup.stub.GenerateStream(resumed(request(n=2, stop=["b"]), resume))))
     assert (refusal.code, refusal.field) == (grpc.StatusCode.INVALID_ARGUMENT, field)
 
 
