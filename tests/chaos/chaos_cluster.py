@@ -16,7 +16,7 @@ from cluster.client import AsyncClient
 from cluster.errors import ClusterError
 from cluster.serve.gateway_ports import is_free
 
-STALL_S = 90.0  # nothing takes longer, not even where a hang has to be noticed first
+STALL_S = 150.0  # nothing takes longer, not even where a hang has to be noticed first
 
 
 @dataclass

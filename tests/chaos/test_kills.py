@@ -16,7 +16,7 @@ FULL = bool(os.environ.get("CLUSTER_TEST_FULL"))
 NUM_KILLS = 1000 if FULL else 50
 NUM_CLIENTS = 16
 
-pytestmark = pytest.mark.timeout(3600 if FULL else 180)
+pytestmark = pytest.mark.timeout(3600 if FULL else 600)
 
 # What dies, how, and how often in a hundred.
 DEATHS = {
