@@ -55,12 +55,15 @@ def create_engine(
 
 
 def run_engine(
-    engine: Engine, prompts: Sequence[Sequence[int]], sampling: SamplingParams | None = None
+    engine: Engine,
+    prompts: Sequence[Sequence[int]],
+    sampling: SamplingParams | Sequence[SamplingParams] | None = None,
 ) -> list[list[SampledToken]]:
-    """Every prompt's tokens, batched together; greedy unless ``sampling`` says otherwise."""
+    """Every prompt's tokens, batched together; greedy unless ``sampling``, of all or of each, says otherwise."""
     sampling = sampling or SamplingParams(temperature=0.0, max_tokens=NUM_TOKENS, ignore_eos=True, logprobs=5)
-    for index, prompt in enumerate(prompts):
-        engine.add(Submission(submission_id=index, prompt_token_ids=prompt, sampling=sampling))
+    each = [sampling] * len(prompts) if isinstance(sampling, SamplingParams) else sampling
+    for index, (prompt, parameters) in enumerate(zip(prompts, each, strict=True)):
+        engine.add(Submission(submission_id=index, prompt_token_ids=prompt, sampling=parameters))
     outputs: list[list[SampledToken]] = [[] for _ in prompts]
     while engine.has_work:
         events = engine.step()
