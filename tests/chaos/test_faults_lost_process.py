@@ -190,7 +190,7 @@ async def test_a_gateway_is_told_to_end_under_load(create_faults: CreateFaults):
 
 async def test_without_failover_they_would_fail(create_faults: CreateFaults, monkeypatch: pytest.MonkeyPatch):
     """What stands behind this file: a gateway that does not move streams loses them with their replica."""
-    monkeypatch.setattr("cluster.gateway.generation._MAX_LOSSES", 1)
+    monkeypatch.setattr("cluster.gateway.generation._MAX_LOSSES", 0)
     cluster = await create_faults(paced("replica-0"), paced("replica-1"))
     streams = streams_at(cluster.front, 4)
     for stream in streams:
