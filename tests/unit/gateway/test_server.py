@@ -87,7 +87,8 @@ async def test_stop_ends_what_runs(create_setup: CreateSetup) -> None:
 async def test_reflection(create_setup: CreateSetup) -> None:
     on, off = await create_setup(), await create_setup(reflection=False)
     assert await listed_services(on) == {
-        "cluster.v1.InferenceService", "grpc.health.v1.Health", "grpc.reflection.v1alpha.ServerReflection",
+        "cluster.v1.InferenceService", "inference.GRPCInferenceService", "grpc.health.v1.Health",
+        "grpc.reflection.v1alpha.ServerReflection",
     }  # fmt: skip
     assert (await failure(listed_services(off))).code == grpc.StatusCode.UNIMPLEMENTED
 
