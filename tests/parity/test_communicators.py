@@ -96,12 +96,11 @@ def bits(x: Tensor) -> bytes:
 
 
 def of_dtype(dtype: torch.dtype, seed: int, *shape: int) -> Tensor:
-    drawn = torch.randint(0, 256, (*shape, dtype.itemsize), dtype=torch.uint8, generator=generator(seed))
-    return (drawn[..., 0] % 2 == 0) if dtype is torch.bool else drawn.view(dtype).view(shape)
-
-
-def generator(seed: int) -> torch.Generator:
-    return torch.Generator().manual_seed(seed)
+    """Random bytes, which repeat at a distance that no buffer has."""
+    count = math.prod(shape) * dtype.itemsize
+    drawn = np.random.default_rng(seed).integers(0, 256, min(count, 65_521), dtype=np.uint8)
+    filled = torch.from_numpy(np.resize(drawn, count)).view(*shape, dtype.itemsize)
+    return (filled[..., 0] % 2 == 0) if dtype is torch.bool else filled.view(dtype).view(shape)
 
 
 # --- tasks: they run on the ranks, assert there, and give something to compare ---
