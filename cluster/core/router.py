@@ -88,12 +88,25 @@ class Router:
 
 
 def _comparable(replicas: Sequence[ReplicaSnapshot]) -> Sequence[ReplicaSnapshot]:
-    """With the mean of the others' speeds for those that have not measured theirs."""
+    """With the mean speed of their likes, for those that have likes: equal fingerprints mean equal devices, and what
+    sets their speeds apart is noise or the work that they have. One that was slow for a moment and had no work since
+    would not get any again. Those that have not measured theirs get the mean of all others.
+    """
     measured = [each for each in replicas if each.is_measured]
-    if measured:
-        step_s = sum(each.step_s for each in measured) / len(measured)
-        prompt_token_s = sum(each.prompt_token_s for each in measured) / len(measured)
-        for each in replicas:
-            if not each.is_measured:
-                each.step_s, each.prompt_token_s = step_s, prompt_token_s
+    if not measured:
+        return replicas
+    means = {"": _mean_speed(measured)}
+    for name in {each.fingerprint for each in measured if each.fingerprint}:
+        means[name] = _mean_speed([each for each in measured if each.fingerprint == name])
+    for each in replicas:
+        if each.fingerprint or not each.is_measured:
+            each.step_s, each.prompt_token_s = means.get(each.fingerprint, means[""])
     return replicas
+
+
+def _mean_speed(measured: Sequence[ReplicaSnapshot]) -> tuple[float, float]:
+    """Seconds of a step, and of a token of a prompt."""
+    return (
+        sum(each.step_s for each in measured) / len(measured),
+        sum(each.prompt_token_s for each in measured) / len(measured),
+    )

@@ -138,3 +138,13 @@ def test_a_configuration_that_makes_no_sense(fields: dict[str, object], path: st
     with pytest.raises(ConfigError) as caught:
         RoutingConfig(**fields)  # type: ignore[arg-type]
     assert caught.value.field == path
+
+
+@pytest.mark.parametrize(("fingerprint", "chosen"), [("amx", "idle"), ("", "busy")])
+def test_who_was_slow_once_gets_work_again_where_others_are_its_likes(fingerprint: str, chosen: str) -> None:
+    """A replica without work measures nothing: what it said last may be long past."""
+    replicas = [
+        create_snapshot("idle", fingerprint=fingerprint, step_s=0.02, prompt_token_s=1e-4),
+        create_snapshot("busy", fingerprint=fingerprint, step_s=0.005, prompt_token_s=1e-4, outstanding_tokens=9000),
+    ]
+    assert create_router(policy="prefix_affinity").pick(PLACEMENT, replicas, now=0.0) == chosen
