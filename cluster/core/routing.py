@@ -89,19 +89,25 @@ class ReplicaSnapshot:
 
         Where nothing was measured, in units of the time that a token of a prompt takes.
         """
-        num_tokens = self.backlog_tokens + self.uncached_tokens(num_prompt_tokens)
-        num_steps = math.ceil(num_tokens / self.max_num_batched_tokens) if self.max_num_batched_tokens else 1
-        step_s, prompt_token_s = self._speed
-        return num_tokens * prompt_token_s + num_steps * step_s
+        return self._seconds(self.backlog_tokens + self.uncached_tokens(num_prompt_tokens))
 
     def cost_s(self, num_prompt_tokens: int) -> float:
-        """What it takes to have a prompt there: the time to its first token, and the time that others lose by it."""
-        lost_s = (_COMPUTING_WEIGHT - 1.0) * self.uncached_tokens(num_prompt_tokens) * self._speed[1]
-        return self.ttft_s(num_prompt_tokens) + lost_s
+        """What it takes to have a prompt there: the time to its first token, and the time that others lose by it. The
+        backlog of one that should get less of the work counts as so much longer; where nothing waits, all are alike.
+        """
+        uncached_tokens = self.uncached_tokens(num_prompt_tokens)
+        lost_s = (_COMPUTING_WEIGHT - 1.0) * uncached_tokens * self._speed[1]
+        return self._seconds(self.backlog_tokens / self.weight + uncached_tokens) + lost_s
 
     def is_near(self, cost_s: float, least_s: float) -> bool:
         """Whether a cost differs from the least one by no more than what may be chance."""
         return cost_s <= least_s * (1 + _NEAR) + self._speed[0] / 2
+
+    def _seconds(self, num_tokens: float) -> float:
+        """Until so many tokens of prompts are computed."""
+        num_steps = math.ceil(num_tokens / self.max_num_batched_tokens) if self.max_num_batched_tokens else 1
+        step_s, prompt_token_s = self._speed
+        return num_tokens * prompt_token_s + num_steps * step_s
 
     @property
     def _speed(self) -> tuple[float, float]:
@@ -166,7 +172,7 @@ class PrefixAffinity:
         self._least_tokens = LeastTokens(rng)
 
     def pick(self, placement: Placement, replicas: Sequence[ReplicaSnapshot]) -> ReplicaSnapshot:
-        costs_s = [each.cost_s(placement.num_prompt_tokens) / each.weight for each in replicas]
+        costs_s = [each.cost_s(placement.num_prompt_tokens) for each in replicas]
         least_s = min(costs_s)
         return self._least_tokens.pick(
             placement, [each for each, cost_s in zip(replicas, costs_s, strict=True) if each.is_near(cost_s, least_s)]
@@ -224,7 +230,7 @@ class GroupFirst:
 
 
 def _stand_in(members: Sequence[ReplicaSnapshot], num_prompt_tokens: int) -> ReplicaSnapshot:
-    soonest = min(members, key=lambda each: each.cost_s(num_prompt_tokens) / each.weight)
+    soonest = min(members, key=lambda each: each.cost_s(num_prompt_tokens))
     return dataclasses.replace(
         soonest,
         replica_id=soonest.group,
