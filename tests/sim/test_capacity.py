@@ -90,7 +90,7 @@ def test_without_a_margin_noise_spoils_more():
 
 
 def test_chunks_carry_a_multiple_where_reading_weights_is_slow_beside_computing():
-    limits = {"max_num_seqs": 16, "num_requests": 120, "seed": 0}
+    limits = {"max_num_seqs": 16, "num_requests": 60, "seed": 0}
     accelerator = compare(ACCELERATOR, CONVERSATIONS, **limits)
     assert accelerator.ratio >= 2.6
     processor = compare(PROCESSOR, CONVERSATIONS, **limits)
